@@ -16,7 +16,6 @@ evaluate, artifact, log and files, train, main.
 Shape suffixes of tensor names: B sequences, T positions, N = B T tokens, D model width, V vocabulary, H query heads,
 G key-value heads, C channels of one head, K mixture components, R rank, M simplex corners, L layers.
 """
-
 from __future__ import annotations
 
 import ast
@@ -24,7 +23,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import functools
 import hashlib
 import io
 import json
@@ -32,6 +30,9 @@ import math
 import os
 import platform
 import re
+import shlex
+import shutil
+import signal
 import struct
 import sys
 import time
@@ -47,29 +48,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
 class UserError(Exception):
     """A mistake of the user's: main prints it as one line, `error: ...`, and exits with code 2."""
 
+class Interrupted(Exception):
+    """A signal asked the run to stop; `args[0]` is its number."""
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings: environment variables, read here and nowhere else
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings: environment variables, read here and nowhere else ----------------------------------------------------
 
-
-def setting(default, doc: str, low=None, high=None, choices=None, scope: str = "run"):
-    """A field with its documentation, its range and its scope ("model": part of the artifact, "eval", or "run")."""
+def setting(default, doc: str, low=None, high=None, choices=(), scope: str = "run"):
+    """A field with its documentation, range, choices and scope: "model" and "eval" travel in the artifact."""
     return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, scope=scope))
 
-
-def model_setting(default, doc: str, low=None, high=None, choices=None):
+def model_setting(default, doc: str, low=None, high=None, choices=()):
+    """A setting of the architecture."""
     return setting(default, doc, low, high, choices, scope="model")
-
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
     """All settings of a run. The defaults are the `study` preset; the variable of a field is its name in capitals."""
-
     # The run
     mode: str = setting("train", "what to do", choices=("train", "eval", "bench"))
     preset: str = setting("study", "set of defaults: study A's stack, study B's baseline, a small CPU model",
@@ -79,13 +76,11 @@ class Hyperparameters:
     author: str = setting("", "author named in submission.json")
     github_id: str = setting("", "GitHub account named in submission.json")
     allow_near_misses: bool = setting(False, "accept variables that look like misspelt settings")
-
     # Data
     data_path: str = setting("./data/datasets/fineweb10B_sp1024",
                              "folder of fineweb_{train,val}_*.bin shards, or `demo`: built from Python's own docs")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     vocab_size: int = model_setting(1024, "tokens in the vocabulary", 2, 65536)
-
     # Trunk
     num_layers: int = model_setting(11, "transformer blocks", 1, 1000)
     model_dim: int = model_setting(512, "width of the residual stream", 4, 65536)
@@ -108,14 +103,12 @@ class Hyperparameters:
     logit_softcap: float = model_setting(30.0, "c in c tanh(z / c) on the logits; 0: no cap", 0.0, 1e6)
     init_type: str = model_setting("ortho", "initial matrices: orthogonal, or PyTorch's with zero output projections",
                                    choices=("ortho", "default"))
-    tied_embed_init_std: float = model_setting(0.005, "standard deviation of the initial token embedding", 0.0, 10.0)
-
+    tied_embed_init_std: float = model_setting(0.005, "standard deviation of the initial token embedding", 1e-9, 10.0)
     # Head
-    head_type: str = model_setting("tied", "output head", choices=())  # the choices are the keys of HEADS
-    head_k: int = model_setting(2, "components of the mixture (mos)", 1, 64)
-    head_rank: int = model_setting(64, "rank of the head's own factors (factorized, mos)", 1, 65536)
-    head_dim: int = model_setting(128, "corners of the simplex (simplex)", 2, 65536)
-
+    head_type: str = model_setting("tied", "output head")  # its choices are the keys of HEADS
+    head_k: int = model_setting(2, "components of the mixture", 1, 64)
+    head_rank: int = model_setting(64, "rank of the head's own factors", 1, 65536)
+    head_dim: int = model_setting(128, "corners of the simplex", 2, 65536)
     # Training
     train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", 1, 2**40)
     train_seq_len: int = model_setting(2048, "tokens a sequence, in training and evaluation", 1, 2**24)
@@ -127,11 +120,11 @@ class Hyperparameters:
     warmdown_frac: float = setting(0.8, "the warm-down's longest share of the run", 0.0, 1.0)
     val_loss_every: int = setting(0, "steps between validations; 0: at the end only", 0, 2**40)
     train_log_every: int = setting(200, "steps between log lines; 0: none", 0, 2**40)
+    checkpoint_seconds: float = setting(0.0, "seconds between checkpoints; 0: at signals and at the end only", 0.0, 1e9)
     compute_dtype: str = setting("auto", "arithmetic of matrix products; auto: bf16 where the chip has it",
                                  choices=("auto", "bf16", "fp32"), scope="eval")
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
     use_fa3: bool = setting(False, "flash-attention 3 (package flash_attn_interface) on CUDA; off: PyTorch's SDPA")
-
     # Optimizers
     matrix_lr: float = setting(0.025, "Muon's learning rate: matrices of the trunk and the head", 0.0, 100.0)
     scalar_lr: float = setting(0.025, "Adam's learning rate: scales, gains, gates, biases", 0.0, 100.0)
@@ -150,15 +143,13 @@ class Hyperparameters:
     ema_alpha: float = setting(0.997, "the average's decay a step, min(EMA_ALPHA, (1 + t) / (10 + t))", 0.0, 0.999999)
     late_qat: bool = setting(True, "train through the export's rounding at the end")
     qat_threshold: float = setting(0.15, "learning-rate scale below which late QAT starts", 0.0, 1.0)
-
     # Evaluation and artifact
     eval_stride: int = setting(64, "tokens scored a window in the final evaluation; 0: TRAIN_SEQ_LEN", 0, 2**24, scope="eval")
     val_batch_size: int = setting(524288, "tokens of one evaluation batch, over all ranks", 1, 2**40, scope="eval")
     eval_split: str = setting("val", "split that is scored", choices=("val", "test"))
     artifact: str = setting("", "artifact to score (MODE=eval)")
-    compress_algo: str = setting("zlib", "codec of the artifact; zlib is deflate, Huffman only", choices=("zlib", "zstd"))
+    compress_algo: str = setting("zlib", "codec of the artifact; zlib is deflate, Huffman only", choices=("zlib", "zstd"), scope="eval")
     size_limit_bytes: int = setting(16_000_000, "cap on this script's bytes plus the artifact's", 1, 2**50)
-
 
 PRESETS: dict[str, dict[str, object]] = {
     "study": {},
@@ -169,154 +160,126 @@ PRESETS: dict[str, dict[str, object]] = {
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500, muon_weight_decay=0.0, adam_wd=0.0,
         grad_clip_norm=0.0, use_ema=False, late_qat=False, eval_stride=0),
     "demo": dict(
-        data_path="demo", model_dim=128, num_heads=4, num_kv_heads=2, rope_dims=16, bigram_dim=32, ve_dim=32,
-        train_batch_tokens=4096, train_seq_len=256, max_wallclock_seconds=75.0, warmup_steps=0, warmdown_iters=100000,
-        warmdown_frac=0.5, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100,
-        muon_weight_decay=0.0, adam_wd=0.0, ema_alpha=0.98, train_log_every=50, val_loss_every=200, eval_stride=64),
+        data_path="demo", model_dim=128, num_heads=4, num_kv_heads=2, bigram_dim=32, ve_dim=32, train_batch_tokens=4096,
+        train_seq_len=256, max_wallclock_seconds=75.0, warmup_steps=0, warmdown_iters=100000, warmdown_frac=0.5,
+        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, muon_weight_decay=0.0,
+        adam_wd=0.0, ema_alpha=0.98, train_log_every=20),
 }
-
+CPU_BENCH = dict(train_batch_tokens=4096, train_seq_len=256)  # what MODE=bench times where there is no GPU
 # Published variables with one implemented behaviour: accepted at these values only.
 PUBLISHED_CONSTANTS = dict(
     TIE_EMBEDDINGS="1", EMA_FROM_INIT="1", USE_QAT="0", GRAD_GUIDED_QUANT="0", SKIP_QUANT="0", QAT_BITS="6",
     QUANT_BITS_MIDDLE="6", QUANT_BITS_MLP="6", MUON_BACKEND_STEPS="5", FLASH_ATTN_BACKEND="fa3",
     FLASH_ATTN_STRICT="1", FLASH_ATTN_ARCH_LIST="9.0")
+# The studies' own names of ours, and their switches, which `translate` explains.
 ALIASES = dict(MIXTURE_SOFTMAX_K="HEAD_K", MIXTURE_RANK_DIM="HEAD_RANK", SIMPLEX_DIM="HEAD_DIM", MOS_K="HEAD_K",
                MOS_RANK="HEAD_RANK")
 STUDY_HEADS = dict(standard="tied", mixture_softmax="mos")
 STUDY_B = ("USE_MOS", "MOS_K", "MOS_RANK")
-OTHER_PUBLISHED = ("RANK_DIM", "USE_MOS", "SKIP_COMPILE")
+SWITCHES = dict(RANK_DIM="int", USE_MOS="bool", SKIP_COMPILE="bool")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
             "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-
 
 def fields() -> dict[str, dataclasses.Field]:
     """The settings by the name of their environment variable."""
     return {field.name.upper(): field for field in dataclasses.fields(Hyperparameters)}
 
-
-def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
-    return tuple(HEADS) if field.name == "head_type" else field.metadata["choices"] or ()
-
-
 def from_env(environ: Mapping[str, str] | None = None, defaults: Mapping[str, object] | None = None) -> Hyperparameters:
-    """Settings from environment variables: an explicit one beats `defaults`, which beat the preset, which beats the field.
+    """Settings from environment variables: an explicit one beats `defaults`, then the preset, then the field's own.
 
     Raises UserError, naming the variable, its value and the remedy.
     """
     environ = dict(os.environ if environ is None else environ)
-    reject_near_misses(environ)
-    reject_unimplemented(environ)
-    given = {name: environ[name] for name in fields() if name in environ}
-    apply_aliases(environ, given)
-    preset = given.get("PRESET") or implied_preset(environ, given)
-    if preset not in PRESETS:
-        raise UserError(f"PRESET={preset}: must be one of {', '.join(PRESETS)}")
-    values = dict(PRESETS[preset], preset=preset, **defaults or {})
-    values.update((fields()[name].name, parse(name, text)) for name, text in given.items())
-    settings = Hyperparameters(**values)
-    check(settings)
-    check_head_settings(settings, given)
+    reject_unknown(environ)
+    given = translate(environ)
+    preset = given.get("PRESET") or ("demo" if given.get("DATA_PATH") == "demo" else
+                                     "pilot" if any(name in environ for name in STUDY_B) else "study")
+    explicit = {fields()[name].name: parse(name, text) for name, text in {**given, "PRESET": preset}.items()}
+    small = CPU_BENCH if explicit.get("mode") == "bench" and not torch.cuda.is_available() else {}
+    settings = Hyperparameters(**{**PRESETS[preset], **small, **(defaults or {}), **explicit})
+    check(settings, given)
     return settings
 
-
-def reject_near_misses(environ: Mapping[str, str]) -> None:
-    known = [*fields(), *PUBLISHED_CONSTANTS, *ALIASES, *OTHER_PUBLISHED]
-    if environ.get("ALLOW_NEAR_MISSES") == "1":
-        return
-    for name in sorted(environ.keys() - {*known, *TORCHRUN}):
+def reject_unknown(environ: Mapping[str, str]) -> None:
+    """UserError for a variable that looks like a misspelt setting, or asks for a behaviour that is not there."""
+    known = [*fields(), *PUBLISHED_CONSTANTS, *ALIASES, *SWITCHES]
+    for name in sorted(environ.keys() - {*known, *TORCHRUN} if environ.get("ALLOW_NEAR_MISSES") != "1" else ()):
         for likely in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
             raise UserError(f"{name}={environ[name]}: did you mean {likely}? If not, set ALLOW_NEAR_MISSES=1")
-
-
-def reject_unimplemented(environ: Mapping[str, str]) -> None:
     for name, value in PUBLISHED_CONSTANTS.items():
-        if environ.get(name, value) != value and not (name.startswith("FLASH_ATTN") and not torch.cuda.is_available()):
+        unused = name.startswith("FLASH_ATTN") and not torch.cuda.is_available()
+        if environ.get(name, value) != value and not unused:
             raise UserError(f"{name}={environ[name]}: only {name}={value} is implemented; leave it unset")
 
-
-def apply_aliases(environ: Mapping[str, str], given: dict[str, str]) -> None:
-    """Translate both studies' variables into ours, in place; a contradiction raises UserError."""
+def translate(environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings among the variables, both studies' names translated into ours; UserError for a contradiction."""
+    given = {name: environ[name] for name in fields() if name in environ}
+    switch = {name: convert(name, environ.get(name, "0"), kind) for name, kind in SWITCHES.items()}
+    given["HEAD_TYPE"] = STUDY_HEADS.get(environ.get("HEAD_TYPE", ""), environ.get("HEAD_TYPE", ""))
+    if not given["HEAD_TYPE"] and "HEAD_TYPE" not in environ:
+        del given["HEAD_TYPE"]
 
     def put(source: str, name: str, value: str) -> None:
         if given.setdefault(name, value) != value:
             raise UserError(f"{source}={environ[source]}: contradicts {name}={given[name]}; set only one of them")
 
-    head = environ.get("HEAD_TYPE", "")
-    given.update({"HEAD_TYPE": STUDY_HEADS[head]} if head in STUDY_HEADS else {})
-    rank = environ.get("RANK_DIM", "0")
-    if parse_number("RANK_DIM", rank, int) > 0:
-        if head not in ("", "standard"):
-            raise UserError(f"RANK_DIM={rank}: belongs to HEAD_TYPE=standard; leave it unset or 0")
-        given.update(HEAD_TYPE="factorized")
-        put("RANK_DIM", "HEAD_RANK", rank)
-    if environ.get("USE_MOS", "0") not in ("0", "1"):
-        raise UserError(f"USE_MOS={environ['USE_MOS']}: must be 0 or 1")
-    if environ.get("USE_MOS") == "1":
+    if switch["RANK_DIM"] > 0:
+        if environ.get("HEAD_TYPE", "standard") != "standard":
+            raise UserError(f"RANK_DIM={environ['RANK_DIM']}: belongs to HEAD_TYPE=standard; leave it unset or 0")
+        given["HEAD_TYPE"] = "factorized"
+        put("RANK_DIM", "HEAD_RANK", environ["RANK_DIM"])
+    if switch["USE_MOS"]:
         put("USE_MOS", "HEAD_TYPE", "mos")
-    for alias, name in ALIASES.items():
-        if alias in environ and not (alias in STUDY_B and environ.get("USE_MOS") != "1"):
-            put(alias, name, environ[alias])
-    if environ.get("SKIP_COMPILE", "0") not in ("0", "1"):
-        raise UserError(f"SKIP_COMPILE={environ['SKIP_COMPILE']}: must be 0 or 1")
-    if environ.get("SKIP_COMPILE") == "1":
+    if switch["SKIP_COMPILE"]:
         put("SKIP_COMPILE", "COMPILE", "0")
+    for alias, name in ALIASES.items():
+        if alias in environ and (switch["USE_MOS"] or alias not in STUDY_B):
+            put(alias, name, environ[alias])
+    return given
 
-
-def implied_preset(environ: Mapping[str, str], given: Mapping[str, str]) -> str:
-    if given.get("DATA_PATH") == "demo":
-        return "demo"
-    return "pilot" if any(name in environ for name in STUDY_B) else "study"
-
-
-def parse_number(name: str, text: str, kind: type):
+def convert(name: str, text: str, kind: str):
+    """The value of a variable's text, by its type's name; UserError where it is none."""
+    if kind == "str":
+        return text
+    if kind == "bool" and text not in ("0", "1"):
+        raise UserError(f"{name}={text}: must be 0 or 1")
     try:
-        value = kind(text)
+        value = dict(bool=lambda t: t == "1", int=int, float=float)[kind](text)
     except ValueError:
-        raise UserError(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
+        raise UserError(f"{name}={text}: must be {'a whole number' if kind == 'int' else 'a number'}") from None
     if not math.isfinite(value):
         raise UserError(f"{name}={text}: must be finite")
     return value
 
-
 def parse(name: str, text: str):
-    """The typed value of one variable; UserError outside its range or its choices."""
+    """The typed value of one setting; UserError outside its range or its choices."""
     field = fields()[name]
-    meta, choices = field.metadata, choices_of(field)
+    low, high = field.metadata["low"], field.metadata["high"]
+    choices = tuple(HEADS) if name == "HEAD_TYPE" else field.metadata["choices"]
     if choices and text not in choices:
         near = difflib.get_close_matches(text, choices, n=1)
-        raise UserError(f"{name}={text}: must be one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else ""))
-    if field.type == "str":
-        return text
-    if field.type == "bool":
-        if text not in ("0", "1"):
-            raise UserError(f"{name}={text}: must be 0 or 1")
-        return text == "1"
-    value = parse_number(name, text, dict(int=int, float=float)[field.type])
-    if meta["low"] is not None and value < meta["low"]:
-        raise UserError(f"{name}={text}: must be at least {meta['low']:g}")
-    if meta["high"] is not None and value > meta["high"]:
-        raise UserError(f"{name}={text}: must be at most {meta['high']:g}")
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{name}={text}: must be one of {', '.join(choices)}{hint}")
+    value = convert(name, text, field.type)
+    if low is not None and value < low:
+        raise UserError(f"{name}={text}: must be at least {low:g}")
+    if high is not None and value > high:
+        raise UserError(f"{name}={text}: must be at most {high:g}")
     return value
 
-
 def value_layers(settings: Hyperparameters) -> tuple[int, ...]:
-    """The layers that get a value embedding, ascending."""
+    """The layers that get a value embedding, ascending; UserError where VE_LAYERS names none of the model's."""
     if not settings.value_embed:
         return ()
-    try:
-        layers = sorted({int(text) for text in settings.ve_layers.split(",")})
-    except ValueError:
-        raise UserError(f"VE_LAYERS={settings.ve_layers}: must be layer numbers separated by commas, as in 9,10") from None
-    if layers[0] < 0 or layers[-1] >= settings.num_layers:
-        raise UserError(f"VE_LAYERS={settings.ve_layers}: must lie in 0..{settings.num_layers - 1} (NUM_LAYERS - 1),"
-                        " or set VALUE_EMBED=0")
-    return tuple(layers)
+    texts = [text.strip() for text in settings.ve_layers.split(",")]
+    if not all(re.fullmatch(r"\d{1,4}", text) and int(text) < settings.num_layers for text in texts):
+        raise UserError(f"VE_LAYERS={settings.ve_layers}: must be layers in 0..{settings.num_layers - 1} separated by"
+                        " commas, as in 9,10; or set VALUE_EMBED=0")
+    return tuple(sorted({int(text) for text in texts}))
 
-
-def check(s: Hyperparameters) -> None:
+def check(s: Hyperparameters, given: Mapping[str, str]) -> None:
     """What must hold between settings; raises UserError."""
-
-    def need(true: bool, name: str, remedy: str) -> None:
+    def need(true: object, name: str, remedy: str) -> None:
         if not true:
             raise UserError(f"{name}={getattr(s, name.lower())}: must {remedy}")
 
@@ -325,41 +288,32 @@ def check(s: Hyperparameters) -> None:
     channels = s.model_dim // s.num_heads
     need(channels % 2 == 0, "NUM_HEADS", f"leave each head an even width (MODEL_DIM / NUM_HEADS is {channels})")
     need(s.rope_dims % 2 == 0 and s.rope_dims <= channels, "ROPE_DIMS", f"be even and at most {channels}, a head's width")
-    need(s.rope_dims != 2 or not s.use_ntk_rope, "ROPE_DIMS", "be above 2 with USE_NTK_ROPE=1")
+    need((s.rope_dims or channels) > 2 or not s.use_ntk_rope, "ROPE_DIMS", "rotate more than 2 channels with USE_NTK_ROPE=1")
     need(s.xsa_last_n <= s.num_layers, "XSA_LAST_N", f"be at most NUM_LAYERS={s.num_layers}")
     value_layers(s)
     need(s.train_batch_tokens % s.train_seq_len == 0, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={s.train_seq_len}")
     need(s.eval_stride <= s.train_seq_len, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={s.train_seq_len}")
-    need(s.tied_embed_init_std > 0, "TIED_EMBED_INIT_STD", "be above 0")
-    need(s.run_id == "" or re.fullmatch(r"[\w.-]{1,200}", s.run_id) and s.run_id.strip("."), "RUN_ID",
+    need(s.run_id == "" or re.fullmatch(r"[\w.-]{1,200}", s.run_id, re.ASCII) and s.run_id.strip("."), "RUN_ID",
          "be a folder name of letters, digits, '.', '_' and '-'")
-    need(s.mode != "eval" or s.artifact != "", "ARTIFACT", "name the artifact to score")
-
-
-def check_head_settings(settings: Hyperparameters, given: Mapping[str, str]) -> None:
-    uses = HEADS[settings.head_type].uses
+    need(s.mode != "eval" or s.artifact, "ARTIFACT", "name the artifact to score")
     for name in ("head_k", "head_rank", "head_dim"):
-        if name.upper() in given and name not in uses:
-            fitting = ", ".join(key for key, head in HEADS.items() if name in head.uses)
-            raise UserError(f"{name.upper()}={given[name.upper()]}: HEAD_TYPE={settings.head_type} does not use it ({fitting} does)")
+        users = [head for head, cls in HEADS.items() if name in cls.uses]
+        need(name.upper() not in given or s.head_type in users, name.upper(),
+             f"be left unset with HEAD_TYPE={s.head_type}, which does not use it ({', '.join(users)} does)")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# World: one process or torchrun's many; with one, communication is skipped
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- World: one process or torchrun's many; with one, communication is skipped --------------------------------------
 
 class World:
-    """Rank, size and device, and the few collectives that the program needs. Errors: UserError for wrong world sizes."""
+    """Rank, size and device; the few collectives that the program needs; the signals that ask it to stop."""
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.rank, self.size, self.local_rank = (convert(name, os.environ.get(name, default), "int") for name, default in
+                                                 (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self.signal = 0
 
     def start(self) -> None:
-        """Join the process group: NCCL for CUDA tensors, gloo for CPU tensors (control messages among them)."""
+        """Join the process group, NCCL for CUDA tensors and gloo for CPU tensors; listen to signals."""
         if self.device.type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"LOCAL_RANK={self.local_rank}: this node has {torch.cuda.device_count()} GPUs;"
@@ -367,7 +321,19 @@ class World:
             torch.cuda.set_device(self.device)
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
+
+        def receive(number: int, frame: object) -> None:
+            self.signal = number
+            signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, receive)
+
+    def heed(self) -> None:
+        """Interrupted, if a signal has come. Called where the state is whole: between micro-batches and batches."""
+        if self.signal:
+            raise Interrupted(self.signal)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -375,20 +341,17 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, value: float) -> float:
-        """Rank 0's number, on every rank (a CPU message: the device is not waited for)."""
+    def agree(self, value):
+        """Rank 0's value, on every rank. Numbers travel as a CPU message: the device is not waited for."""
         if self.size == 1:
             return value
-        message = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(message, src=0)
-        return message.item()
-
-    def agree_text(self, text: str) -> str:
-        """Rank 0's text, on every rank."""
-        message = [text]
-        if self.size > 1:
-            dist.broadcast_object_list(message, src=0)
-        return message[0]
+        if isinstance(value, float):
+            message = torch.tensor([value], dtype=torch.float64)
+            dist.broadcast(message, src=0)
+            return message.item()
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def gather(self, part: Tensor) -> Tensor:
         """The ranks' equally shaped parts, concatenated along the first dimension in the order of ranks."""
@@ -407,6 +370,7 @@ class World:
         torch._foreach_copy_(tensors, [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors)])
 
     def barrier(self) -> None:
+        """Wait for every rank."""
         if self.size > 1:
             dist.barrier()
 
@@ -416,17 +380,14 @@ class World:
             torch.cuda.synchronize()
 
     def close(self) -> None:
-        if dist.is_available() and dist.is_initialized():
+        """Leave the process group."""
+        if self.size > 1:
             dist.destroy_process_group()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: shards, the batch stream, the demo corpus
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Data: shards, the batch stream, the demo corpus ----------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1  # stands before every document
-
 
 def open_shard(path: Path) -> np.ndarray:
     """Memory-mapped tokens (uint16) of one shard: 256 little-endian int32 (magic, version, count), then the tokens.
@@ -445,15 +406,14 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path}: has {size} bytes where its header promises {wanted}; it is truncated, fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS)
 
-
 def write_shard(path: Path, tokens: list[int]) -> None:
+    """The counterpart of open_shard."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     write_whole(path, header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
-
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it: it is there whole or not at all."""
+    """Write under a temporary name, sync and rename: the file is there whole or not at all. UserError if it cannot be."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(partial, "wb") as out:
@@ -461,14 +421,10 @@ def write_whole(path: Path, data: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int, where: object) -> None:
-    if tokens.size and int(tokens.max()) >= vocab_size:
-        raise UserError(f"{where}: holds token id {int(tokens.max())}, but VOCAB_SIZE={vocab_size}; use the data's own tokenizer")
-
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free the disk or use another folder") from None
 
 class Shards:
     """All tokens of one split as one endless sequence: after the last token comes the first again."""
@@ -494,7 +450,9 @@ class Shards:
             index = int(np.searchsorted(self.starts, start, side="right")) - 1
             offset = start - int(self.starts[index])
             chunk = self.parts[index][offset:offset + count]
-            check_tokens(chunk, self.vocab_size, self.paths[index])
+            if int(chunk.max()) >= self.vocab_size:
+                raise UserError(f"{self.paths[index]}: holds token id {int(chunk.max())}, but VOCAB_SIZE={self.vocab_size};"
+                                " use the tokenizer of the data")
             chunks.append(chunk)
             start, count = start + chunk.size, count - chunk.size
         return np.concatenate(chunks).astype(np.int64)
@@ -506,7 +464,6 @@ class Shards:
             digest.update(f"{path.name} {part.size}".encode() + part[:32768].tobytes() + part[-32768:].tobytes())
         return digest.hexdigest()[:16]
 
-
 def train_batch(shards: Shards, step: int, settings: Hyperparameters, world: World) -> list[tuple[Tensor, Tensor]]:
     """This rank's micro-batches (x_BT, y_BT) of a step: the same global batch for any number of ranks.
 
@@ -514,17 +471,15 @@ def train_batch(shards: Shards, step: int, settings: Hyperparameters, world: Wor
     """
     n, T = settings.train_batch_tokens, settings.train_seq_len
     tokens = shards.take(step * n, n + 1)
-    x, y = (torch.from_numpy(part).view(-1, T) for part in (tokens[:-1], tokens[1:]))
-    per_rank = n // T // world.size
-    mine = slice(world.rank * per_rank, (world.rank + 1) * per_rank)
+    share = n // T // world.size
+    mine = slice(world.rank * share, (world.rank + 1) * share)
+    x, y = (to_device(torch.from_numpy(part).view(-1, T)[mine], world.device) for part in (tokens[:-1], tokens[1:]))
     B = micro_batch_sequences(settings, world)
-    return [(to_device(x_BT, world.device), to_device(y_BT, world.device))
-            for x_BT, y_BT in zip(x[mine].split(B), y[mine].split(B))]
-
+    return list(zip(x.split(B), y.split(B)))
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a copy to a GPU is pinned and not waited for."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
 
 def micro_batch_sequences(settings: Hyperparameters, world: World) -> int:
     """Sequences of one forward pass on one rank: the largest divisor of its share within MICRO_BATCH_TOKENS."""
@@ -536,11 +491,9 @@ def micro_batch_sequences(settings: Hyperparameters, world: World) -> int:
     limit = settings.micro_batch_tokens or (131072 if world.device.type == "cuda" else 4096)
     return max(B for B in range(1, share + 1) if share % B == 0 and (B == 1 or B * settings.train_seq_len <= limit))
 
-
 def demo_documents() -> list[str]:
     """English text that every Python has: the topics of `help()` and the docstrings of the standard library."""
     from pydoc_data.topics import topics
-
     documents = [text for _, text in sorted(topics.items())]
     library = Path(os.__file__).parent
     for path in sorted(library.rglob("*.py")):
@@ -554,11 +507,9 @@ def demo_documents() -> list[str]:
     # The order is fixed, but mixes topics and modules: the validation split must look like the rest.
     return sorted((text for text in documents if len(text) > 200), key=lambda text: hashlib.sha256(text.encode()).digest())
 
-
 def build_demo(folder: Path, vocab_size: int) -> None:
     """Write train, val and test shards and a BPE tokenizer (byte fallback) to `folder`, once, under a lock."""
     import fcntl
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
@@ -582,7 +533,6 @@ def build_demo(folder: Path, vocab_size: int) -> None:
             write_shard(folder / f"fineweb_{split}_000000.bin", tokens)
         write_whole(folder / "tokenizer.model", model.getvalue())
 
-
 def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
     """Settings with DATA_PATH=demo replaced by the cached corpus; rank 0 builds it where it is missing."""
     if settings.data_path != "demo":
@@ -593,11 +543,7 @@ def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
     world.barrier()
     return dataclasses.replace(settings, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Byte counts: how many UTF-8 bytes of text each token stands for
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Byte counts: how many UTF-8 bytes of text each token stands for ------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class ByteCounts:
@@ -605,7 +551,6 @@ class ByteCounts:
 
     The sum over a document's tokens is the length of its decoded text: its first piece loses its leading space.
     """
-
     inner_V: Tensor
     first_V: Tensor
     control_V: Tensor
@@ -613,7 +558,6 @@ class ByteCounts:
     def __call__(self, before_N: Tensor, token_N: Tensor) -> Tensor:
         """Bytes (int64) of each token, given the token before it."""
         return torch.where(self.control_V[before_N], self.first_V[token_N], self.inner_V[token_N])
-
 
 def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteCounts:
     """The table of a SentencePiece model; UserError if it is missing, corrupt or of another vocabulary size."""
@@ -638,7 +582,6 @@ def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteC
 
     return ByteCounts(counts([anchor]), counts([]), torch.tensor(control, device=device))
 
-
 def unigram_bpb(train: Shards, val_N: Tensor, byte_counts: ByteCounts, sample: int = 10_000_000) -> float:
     """Bits per byte of add-one unigram frequencies of the train split: the mark that any model must beat."""
     seen = np.bincount(train.take(0, min(len(train), sample)), minlength=train.vocab_size) + 1
@@ -646,22 +589,16 @@ def unigram_bpb(train: Shards, val_N: Tensor, byte_counts: ByteCounts, sample: i
     bytes_N = byte_counts(val_N[:-1], val_N[1:])
     return (bits_V.to(val_N.device)[val_N[1:]].sum() / bytes_N.sum()).item()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trunk: from tokens to the final normed hidden states
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Trunk: from tokens to the final normed hidden states -----------------------------------------------------------
 
 NORM_EPS = 1e-7  # explicit: PyTorch's default depends on the dtype and would damp small embeddings in bf16
-
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, without a gain."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
-
 def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
 
 class Linear(nn.Linear):
     """Matrix product in the input's dtype, with float32 master weights and no bias.
@@ -680,7 +617,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         weight = self.weight if scale is None else self.weight * scale[:, None]
         return F.linear(x, weight.to(x.dtype))
-
 
 class Rotary(nn.Module):
     """Rotary position embedding of the first ROPE_DIMS channels (Su et al. 2021), NTK-aware base above 1,024 tokens."""
@@ -702,30 +638,22 @@ class Rotary(nn.Module):
         a, b, rest = x_BTHC.split([half, half, x_BTHC.size(-1) - self.dims], dim=-1)
         return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
-
-def sdpa(q_BTHC: Tensor, k_BTGC: Tensor, v_BTGC: Tensor) -> Tensor:
-    """Causal attention by PyTorch; query head h reads key-value head h // (H / G)."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BTGC, v_BTGC))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
-
-def flash_attention_3(q_BTHC: Tensor, k_BTGC: Tensor, v_BTGC: Tensor) -> Tensor:
-    """Causal attention by the flash_attn_interface package (Shah et al. 2024)."""
-    from flash_attn_interface import flash_attn_func
-
-    return flash_attn_func(q_BTHC, k_BTGC, v_BTGC, causal=True)
-
-
 def attention_kernel(settings: Hyperparameters) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The kernel asked for; UserError where USE_FA3=1 meets a CUDA machine without the package."""
+    """Causal attention of q_BTHC on k_BTGC, v_BTGC; query head h reads key-value head h // (H / G).
+
+    PyTorch's SDPA, or flash-attention 3 (Shah et al. 2024) with USE_FA3=1 on CUDA: UserError without its package.
+    """
+    def sdpa(*qkv: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in qkv)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
     if not (settings.use_fa3 and torch.cuda.is_available()):
         return sdpa
     try:
-        import flash_attn_interface  # noqa: F401
+        from flash_attn_interface import flash_attn_func
     except ImportError:
         raise UserError("USE_FA3=1: the package flash_attn_interface is not installed; install it or set USE_FA3=0") from None
-    return flash_attention_3
-
+    return lambda q, k, v: flash_attn_func(q, k, v, causal=True)
 
 class Attention(nn.Module):
     """Grouped-query attention with RMS-normed queries and keys; `exclusive` removes each token's own value direction."""
@@ -752,14 +680,12 @@ class Attention(nn.Module):
             y_BTHC = exclude_own_value(y_BTHC, v_BTGC)
         return self.out(y_BTHC.reshape(B, T, D), scale_D)
 
-
 def exclude_own_value(y_BTHC: Tensor, v_BTGC: Tensor) -> Tensor:
     """y - (y . v) v / |v|^2: the attention output without its component along the token's own value vector."""
     y = y_BTHC.reshape(*v_BTGC.shape[:3], -1, v_BTGC.size(-1))
     v = v_BTGC.unsqueeze(3)
     share = (y * v).sum(-1, keepdim=True) / (v.square().sum(-1, keepdim=True) + NORM_EPS)
     return (y - share * v).view_as(y_BTHC)
-
 
 class MLP(nn.Module):
     """relu^2 MLP (So et al. 2021)."""
@@ -772,7 +698,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, scale_D: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)).square(), scale_D)
-
 
 class Block(nn.Module):
     """Mix with the first stream x0, then attention, then MLP, each behind a norm and a scale per channel."""
@@ -793,7 +718,6 @@ class Block(nn.Module):
         x = x + self.attn(norm(x) * self.norm_scale, value, self.attn_scale)
         return x + self.mlp(norm(x) * self.norm_scale, self.mlp_scale)
 
-
 class SmearGate(nn.Module):
     """(1 - g) x_t + g x_{t-1}, g = sigmoid per channel; nothing crosses into a document (BOS) or a sequence."""
 
@@ -804,7 +728,6 @@ class SmearGate(nn.Module):
     def forward(self, x_BTD: Tensor, starts_BT: Tensor) -> Tensor:
         before = F.pad(x_BTD, (0, 0, 1, -1)).masked_fill(starts_BT[..., None], 0.0)
         return torch.lerp(x_BTD, before, torch.sigmoid(self.gate).to(x_BTD.dtype))
-
 
 class BigramHash(nn.Module):
     """Embedding of the hashed pair (x_{t-1}, x_t), projected to the width, with one factor a layer.
@@ -827,7 +750,6 @@ class BigramHash(nn.Module):
     def forward(self, x_BT: Tensor, starts_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return self.proj(self.table(self.rows(x_BT, starts_BT)).to(dtype))
 
-
 class ValueEmbedding(nn.Module):
     """Token embedding added to the attention values of some layers, with one scale a layer."""
 
@@ -842,7 +764,6 @@ class ValueEmbedding(nn.Module):
 
     def forward(self, x_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return self.proj(self.table(x_BT).to(dtype)) * self.scale.to(dtype)
-
 
 class GPT(nn.Module):
     """The model: U-Net of blocks over token embeddings, and one output head.
@@ -903,11 +824,7 @@ class GPT(nn.Module):
     def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         return self.nll(x_BT, y_BT).mean()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads: from hidden states to log-probabilities
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Heads: from hidden states to log-probabilities -----------------------------------------------------------------
 
 class Head(nn.Module):
     """A head is its logits, unless it overrides `nll` and `log_probs`, as a mixture must.
@@ -945,18 +862,15 @@ class Head(nn.Module):
         """Multiply-accumulates of one token's logits; those of E h by default."""
         return V * D
 
-
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in the dtype of x."""
     return F.linear(x, weight.to(x.dtype))
-
 
 class Tied(Head):
     """cap(E h) (Press and Wolf 2017)."""
 
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(h_ND, E_VD))
-
 
 class Factorized(Head):
     """cap(g C A h): a softmax bottleneck of rank R with a learned scale g (study A, H1 and H2, made trainable)."""
@@ -976,7 +890,6 @@ class Factorized(Head):
 
     def macs(self, D: int, V: int) -> int:
         return self.A_RD.numel() + self.C_VR.numel()
-
 
 class Simplex(Head):
     """cap(g C s) with s = M softmax(S h) - 1, a point of the simplex centred and scaled (study A, H6, made trainable)."""
@@ -999,7 +912,6 @@ class Simplex(Head):
 
     def macs(self, D: int, V: int) -> int:
         return self.S_MD.numel() + self.C_VM.numel()
-
 
 class MixtureOfSoftmaxes(Head):
     """log sum_k pi_k softmax(cap(E (h + U_k V_k h))), pi = softmax(G h + b) (Yang et al. 2018; tied, low-rank).
@@ -1044,13 +956,9 @@ class MixtureOfSoftmaxes(Head):
     def macs(self, D: int, V: int) -> int:
         return self.U_KDR.numel() + self.V_KRD.numel() + self.U_KDR.size(0) * V * D
 
-
 HEADS: dict[str, type[Head]] = dict(tied=Tied, factorized=Factorized, mos=MixtureOfSoftmaxes, simplex=Simplex)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizers: Muon for matrices, Adam for the rest; every parameter in exactly one group
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Optimizers: Muon for matrices, Adam for the rest; every parameter in exactly one group -------------------------
 
 TRUNK_ROLES = (
     ("embed", r"(tok_emb|(bigram|value_embed)\.table)\.weight"),
@@ -1058,7 +966,6 @@ TRUNK_ROLES = (
     ("scalar", r"smear\.gate|skip_weights|(bigram|value_embed)\.(layer_)?scale"
                r"|blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)"),
 )
-
 
 def parameter_roles(model: GPT) -> dict[str, str]:
     """The role of every parameter by name: embed, matrix, scalar or vocab. RuntimeError unless each has exactly one."""
@@ -1073,7 +980,6 @@ def parameter_roles(model: GPT) -> dict[str, str]:
         roles[name] = found[0]
     return roles
 
-
 def newton_schulz(G: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
     """Nearly the orthogonal factor of each matrix of a batch: singular values near 1 (Jordan et al. 2024, Muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -1084,7 +990,6 @@ def newton_schulz(G: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if tall else X
-
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), with decoupled weight decay.
@@ -1121,7 +1026,6 @@ class Muon(torch.optim.Optimizer):
         mine = padded[self.world.rank * share:(self.world.rank + 1) * share]
         return self.world.gather(newton_schulz(mine, self.dtype))[:count]
 
-
 def build_optimizers(model: GPT, settings: Hyperparameters, world: World) -> list[torch.optim.Optimizer]:
     """Muon and Adam over all trainable parameters, by role; every group carries its unscaled rate as `base_lr`."""
     by_role: dict[str, list[nn.Parameter]] = dict(embed=[], vocab=[], scalar=[], matrix=[])
@@ -1139,13 +1043,11 @@ def build_optimizers(model: GPT, settings: Hyperparameters, world: World) -> lis
         group["base_lr"] = group["lr"]
     return [adam, muon]
 
-
 def require_gradients(model: nn.Module) -> None:
     """RuntimeError naming every trainable parameter that the first backward pass left without a gradient."""
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if missing:
         raise RuntimeError(f"no gradient reached {', '.join(missing)}: it would never train")
-
 
 @torch.no_grad()
 def update_average(average: list[Tensor], parameters: list[Tensor], step: int, alpha: float) -> None:
@@ -1153,11 +1055,7 @@ def update_average(average: list[Tensor], parameters: list[Tensor], step: int, a
     decay = min(alpha, (1 + step) / (10 + step))
     torch._foreach_lerp_(average, parameters, 1 - decay)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedule: pure functions of step and time
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Schedule: pure functions of step and time ----------------------------------------------------------------------
 
 def learning_rate_scale(step: int, seconds: float, s: Hyperparameters) -> float:
     """1, then linear to 0 over min(WARMDOWN_ITERS steps, WARMDOWN_FRAC of the run), by whichever end comes first."""
@@ -1171,21 +1069,15 @@ def learning_rate_scale(step: int, seconds: float, s: Hyperparameters) -> float:
     cap, step_seconds = s.max_wallclock_seconds, seconds / max(step, 1)
     return min(by_steps, ramp(cap - seconds, min(s.warmdown_iters * step_seconds, s.warmdown_frac * cap)))
 
-
 def momentum_at(step: int, s: Hyperparameters) -> float:
     """Muon's momentum: linear from its start to its end over the warm-up."""
     done = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
     return (1 - done) * s.muon_momentum_warmup_start + done * s.muon_momentum
 
-
 def finished(step: int, seconds: float, s: Hyperparameters) -> bool:
     return step >= s.iterations or 0 < s.max_wallclock_seconds <= seconds
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluate: exact bits per byte, plain or sliding
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Evaluate: exact bits per byte, plain or sliding ----------------------------------------------------------------
 
 @torch.inference_mode()
 def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int, s: Hyperparameters, world: World,
@@ -1195,93 +1087,100 @@ def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int,
     Window k reads T tokens from token k stride and scores the targets that no window before it scored; the first that
     reaches the end is the last. Stride 0 means T. tokens_N: the split, int64, on the world's device.
     """
-    T = s.train_seq_len
+    T, end = s.train_seq_len, len(tokens_N)
     stride = stride or T
-    windows = 1 + max(0, -(-(len(tokens_N) - 1 - T) // stride))
     nll = maybe_compile(model.nll, s, world)
     total = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, bytes, tokens
-    for starts, scored in window_batches(windows, stride, s, world):
-        index = starts[:, None] + torch.arange(T + 1, device=world.device)
-        sequence = tokens_N[index.clamp(max=len(tokens_N) - 1)]  # positions beyond the end are never scored
+    for starts_B, scored in window_batches(1 + max(0, -(-(end - 1 - T) // stride)), stride, end, s, world):
+        world.heed()
+        index = starts_B[:, None] + torch.arange(T + 1, device=world.device)
+        sequence = tokens_N[index.clamp(max=end - 1)]
         x, y = sequence[:, :-1], sequence[:, 1:]
-        inside = (index[:, 1:] < len(tokens_N))[:, -scored:]
+        inside = (index[:, 1:] < end)[:, -scored:]  # positions beyond the end are never scored
         losses = nll(x, y, scored)[inside].double()
         total += torch.stack((losses.sum(), byte_counts(x[:, -scored:][inside], y[:, -scored:][inside]).sum().double(),
                               inside.sum().double()))
-    nats, count_bytes, count = world.sum(total).tolist()
-    return nats / count, nats / math.log(2) / count_bytes
+    nats, text_bytes, count = world.sum(total).tolist()
+    return nats / count, nats / math.log(2) / text_bytes
 
+def window_batches(windows: int, stride: int, end: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, int]]:
+    """This rank's windows: their first tokens, starts_B, and the number of targets that each scores.
 
-def window_batches(windows: int, stride: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, int]]:
-    """This rank's windows, as (start tokens_B, targets that each scores): the first window scores T, the rest `stride`."""
+    The first window scores T targets, each later one `stride`. All batches have one shape, so that compiled code is
+    reused: the last is filled up with empty windows, which start at the end.
+    """
     limit = s.micro_batch_tokens or (131072 if world.device.type == "cuda" else 16384)
     B = max(1, min(s.val_batch_size // world.size, limit) // s.train_seq_len)
-    if world.rank == 0:
-        yield torch.zeros(1, dtype=torch.int64, device=world.device), s.train_seq_len
-    bounds = [1 + (windows - 1) * rank // world.size for rank in (world.rank, world.rank + 1)]
-    for first in range(bounds[0], bounds[1], B):
-        yield torch.arange(first, min(first + B, bounds[1]), device=world.device) * stride, stride
-
+    first = 0 if stride == s.train_seq_len else 1
+    if first and world.rank == 0:
+        yield F.pad(torch.zeros(1, dtype=torch.int64, device=world.device), (0, B - 1), value=end), s.train_seq_len
+    low, high = (first + (windows - first) * rank // world.size for rank in (world.rank, world.rank + 1))
+    for k in range(low, high, B):
+        starts_B = torch.arange(k, min(k + B, high), device=world.device) * stride
+        yield F.pad(starts_B, (0, B - len(starts_B)), value=end), stride
 
 def maybe_compile(function: Callable, settings: Hyperparameters, world: World) -> Callable:
+    """The function compiled, where COMPILE says so; shapes are static."""
     wanted = settings.compile == "1" or settings.compile == "auto" and world.device.type == "cuda"
     return torch.compile(function, dynamic=False) if wanted else function
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Artifact: quantize, fit under the cap, pack, unpack
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Artifact: quantize, fit under the cap, pack, unpack ------------------------------------------------------------
 
 MAGIC = b"GPTHEAD1"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, payload
 FINER = 8.0  # vocabulary-side matrices are the most sensitive: their step is this much finer, in 16 bits
+KINDS = dict(int8=torch.int8, int16=torch.int16, float16=torch.float16, float32=torch.float32)
 
+def kind_of(weight: Tensor, role: str) -> str:
+    """How a tensor is stored: matrices as integers on a grid, vectors and the few rows of scales as floats."""
+    if weight.ndim >= 2 and min(weight.shape[-2:]) >= 16:
+        return "int16" if role in ("embed", "vocab") else "int8"
+    return "float16" if weight.abs().max() < 65504 else "float32"
 
-def is_quantized(shape: tuple[int, ...]) -> bool:
-    """Matrices are rounded to a grid; vectors and the few rows of scales stay in float16."""
-    return len(shape) >= 2 and min(shape[-2:]) >= 16
+def to_grid(weight: Tensor, kind: str, step: float) -> tuple[Tensor, Tensor]:
+    """Integers (rows x columns) and row scales (bfloat16) of a matrix or a stack: weight is about integers * scales.
 
-
-def to_grid(weight: Tensor, role: str, step: float) -> tuple[Tensor, Tensor]:
-    """Integers and row scales (bfloat16) of a matrix or a stack of them: weight is about integers * scales.
-
-    A row's scale is `step` times its RMS (FINER for the vocabulary side), or what its largest entry needs in 8 bits
-    (16 for the vocabulary side), whichever is coarser; step = 0 is plain absmax rounding.
+    A row's scale is `step` times its RMS (a FINER-th of that in int16), or what its largest entry needs in the integer
+    type, whichever is coarser; step = 0 is plain absmax rounding.
     """
-    fine = role in ("embed", "vocab")
-    levels = 32767 if fine else 127
+    levels, step = (32767, step / FINER) if kind == "int16" else (127, step)
     rows = weight.detach().float().flatten(0, -2)
     rms = rows.square().mean(dim=1, keepdim=True).sqrt()
-    scale = torch.maximum(rms * (step / FINER if fine else step), rows.abs().amax(dim=1, keepdim=True) / levels)
+    scale = torch.maximum(rms * step, rows.abs().amax(dim=1, keepdim=True) / levels)
     scale = scale.clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
     return (rows / scale.float()).round_().clamp_(-levels, levels), scale
 
-
-def on_grid(weight: Tensor, role: str, step: float) -> Tensor:
+def on_grid(weight: Tensor, kind: str, step: float) -> Tensor:
     """The weight as it will be after export at this step."""
-    integers, scale = to_grid(weight, role, step)
+    integers, scale = to_grid(weight, kind, step)
     return integers.mul_(scale.float()).view_as(weight).to(weight.dtype)
-
 
 @contextlib.contextmanager
 def rounded_weights(model: GPT, roles: Mapping[str, str], step: float | None) -> Iterator[None]:
-    """Inside: the model's matrices lie on the export's grid, so gradients are taken there (straight-through, late QAT).
+    """Inside, the model's matrices lie on the export's grid, so gradients are taken there (late QAT, straight-through).
 
     step None: nothing happens.
     """
-    chosen = [] if step is None else [(p, roles[name]) for name, p in model.named_parameters() if is_quantized(p.shape)]
+    kinds = {} if step is None else {name: kind_of(p, roles[name]) for name, p in model.named_parameters()}
+    chosen = [(p, kinds[name]) for name, p in model.named_parameters() if kinds.get(name, "").startswith("int")]
     masters = [p.detach().clone() for p, _ in chosen]
-    with torch.no_grad():
-        for p, role in chosen:
-            p.copy_(on_grid(p, role, step))
-    yield
-    with torch.no_grad():
-        for (p, _), master in zip(chosen, masters):
-            p.copy_(master)
+    try:
+        with torch.no_grad():
+            for p, kind in chosen:
+                p.copy_(on_grid(p, kind, step))
+        yield
+    finally:
+        with torch.no_grad():
+            for (p, _), master in zip(chosen, masters):
+                p.copy_(master)
 
+def planes(tensor: Tensor) -> bytes:
+    """A tensor's bytes, all lowest bytes first, then the next ones: each plane has statistics of its own."""
+    return tensor.flatten().view(torch.uint8).view(-1, tensor.element_size()).T.contiguous().numpy().tobytes()
 
-def bytes_of(tensor: Tensor) -> bytes:
-    return tensor.flatten().view(torch.uint8).numpy().tobytes()
-
+def from_planes(raw: bytes, kind: torch.dtype) -> Tensor:
+    """The inverse of `planes`: a flat tensor."""
+    parts = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(kind.itemsize, -1)
+    return parts.T.contiguous().flatten().view(kind)
 
 def compress(raw: bytes, codec: str) -> bytes:
     """Entropy coding: rounded weights hold no repeats, so deflate runs Huffman-only, still readable by any inflater."""
@@ -1290,65 +1189,52 @@ def compress(raw: bytes, codec: str) -> bytes:
     deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
     return deflate.compress(raw) + deflate.flush()
 
-
 def decompress(packed: bytes, codec: str, size: int) -> bytes:
-    """Exactly `size` bytes, allocating no more; ValueError for anything else."""
+    """Exactly `size` bytes, never allocating more than one beyond; ValueError for anything else."""
     if codec == "zstd":
-        module = zstd()
-        try:
-            raw = module.ZstdDecompressor().stream_reader(packed).read(size + 1)
-        except module.ZstdError as error:
-            raise ValueError(str(error)) from None
+        raw = zstd().ZstdDecompressor().stream_reader(packed).read(size + 1)
     else:
         inflate = zlib.decompressobj()
-        try:
-            raw = inflate.decompress(packed, size + 1)
-        except zlib.error as error:
-            raise ValueError(str(error)) from None
+        raw = inflate.decompress(packed, size + 1)
         if not inflate.eof or inflate.unused_data:
             raise ValueError("the payload does not end where it should")
     if len(raw) != size:
         raise ValueError(f"the payload holds {len(raw)} bytes instead of {size}")
     return raw
 
-
 def zstd():
+    """The zstandard module; UserError where it is not installed."""
     try:
         import zstandard
     except ImportError:
         raise UserError("COMPRESS_ALGO=zstd: the package zstandard is not installed; install it or use zlib") from None
     return zstandard
 
-
 def stored_settings(settings: Hyperparameters) -> dict[str, object]:
     """What the artifact must know to be scored alone: the model's settings and the evaluation's."""
     return {field.name: getattr(settings, field.name) for field in fields().values() if field.metadata["scope"] != "run"}
 
-
 def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, step: float) -> bytes:
     """The artifact's bytes at one quantization step: a pure function of its arguments."""
-    tensors, integers, rest = [], [], []
+    tensors, integers, floats = [], [], []
     for name, weight in state.items():
-        if is_quantized(weight.shape):
-            q, scale = to_grid(weight, roles[name], step)
-            planes = 2 if roles[name] in ("embed", "vocab") else 1
-            kind = "int16" if planes == 2 else "int8"
-            integers.append(bytes_of(q.to(getattr(torch, kind)).view(torch.uint8).view(-1, planes).T))  # low bytes, then high
-            rest.append(bytes_of(scale))
+        kind = kind_of(weight, roles[name])
+        if kind.startswith("int"):
+            grid, scale = to_grid(weight, kind, step)
+            integers.append(planes(grid.to(KINDS[kind])))
+            floats.append(planes(scale))
         else:
-            kind = "float16" if weight.abs().max() < 65504 else "float32"
-            rest.append(bytes_of(weight.to(getattr(torch, kind))))
+            floats.append(planes(weight.to(KINDS[kind])))
         tensors.append([name, kind, list(weight.shape)])
     header = json.dumps(dict(codec=settings.compress_algo, settings=stored_settings(settings), tensors=tensors),
                         separators=(",", ":")).encode()
-    body = struct.pack("<I", len(header)) + header + compress(b"".join(integers + rest), settings.compress_algo)
+    body = struct.pack("<I", len(header)) + header + compress(b"".join(integers + floats), settings.compress_algo)
     return MAGIC + hashlib.sha256(body).digest() + body
 
-
 def fit(size: Callable[[float], int], limit: int) -> float:
-    """The finest quantization step whose size is within the limit and 0.1% of it; 0 where even plain rounding fits.
+    """The finest quantization step with size(step) <= limit, to 0.1% of the limit; 0 where even plain rounding fits.
 
-    Returns the coarsest step tried, 64, where nothing fits.
+    Where nothing fits, the coarsest step tried, 64 or more.
     """
     if size(0.0) <= limit:
         return 0.0
@@ -1357,24 +1243,23 @@ def fit(size: Callable[[float], int], limit: int) -> float:
         low, high = high, 2 * high
     for _ in range(16):
         middle = (low * high) ** 0.5
-        bytes_now = size(middle)
-        low, high = (low, middle) if bytes_now <= limit else (middle, high)
-        if 0.999 * limit <= bytes_now <= limit:
+        found = size(middle)
+        low, high = (low, middle) if found <= limit else (middle, high)
+        if 0.999 * limit <= found <= limit:
             break
     return high
 
-
 def entropy_bytes(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float) -> int:
-    """The artifact's size by the order-0 entropy of each tensor's integers: an estimate good to about 1%, and fast."""
+    """The artifact's size by the order-0 entropy of each tensor's integers: good to about 1%, and fast on any device."""
     total = 0.0
     for name, weight in state.items():
-        total += 2 * weight.numel() / (weight.shape[-1] if is_quantized(weight.shape) else 1)
-        if is_quantized(weight.shape):
-            q = to_grid(weight, roles[name], step)[0].to(torch.int32).flatten()
-            p = torch.bincount(q - q.min()).double() / q.numel()
-            total += q.numel() * -(p * p.clamp_min(1e-300).log2()).sum().item() / 8
+        kind = kind_of(weight, roles[name])
+        if kind.startswith("int"):
+            integers = to_grid(weight, kind, step)[0].to(torch.int32).flatten()
+            p = torch.bincount(integers - integers.min()).double() / integers.numel()
+            total -= integers.numel() * torch.special.xlogy(p, p).sum().item() / math.log(256)
+        total += 2 * (weight.numel() // weight.shape[-1] if kind.startswith("int") else weight.numel())
     return int(total)
-
 
 def pack(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, limit: int) -> tuple[bytes, float]:
     """The finest artifact within `limit` bytes, and its step. Deterministic: the same weights give the same bytes."""
@@ -1382,114 +1267,106 @@ def pack(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperp
     step = fit(lambda step: len(encode(state, roles, settings, step)), limit)
     return encode(state, roles, settings, step), step
 
-
 def describe_packing(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float) -> Iterator[str]:
-    """A log line for each role: parameters, bytes a parameter by either codec, relative squared error."""
+    """A log line for each role with matrices: parameters, bytes a parameter, relative squared error."""
     for role in dict.fromkeys(roles.values()):
-        weights = [weight.detach().float().cpu() for name, weight in state.items()
-                   if roles[name] == role and is_quantized(weight.shape)]
+        weights = [(weight.detach().float().cpu(), kind_of(weight, role)) for name, weight in state.items() if roles[name] == role]
+        weights = [(weight, kind) for weight, kind in weights if kind.startswith("int")]
         if weights:
-            kind = torch.int16 if role in ("embed", "vocab") else torch.int8
-            raw = b"".join(bytes_of(to_grid(w, role, step)[0].to(kind).view(torch.uint8).view(-1, kind.itemsize).T) for w in weights)
-            count = sum(w.numel() for w in weights)
-            error = sum((on_grid(w, role, step) - w).square().sum().item() for w in weights)
-            energy = max(sum(w.square().sum().item() for w in weights), 1e-30)
-            yield (f"quantized {role}: {count} parameters, step {step:.4g}, deflate {len(compress(raw, 'zlib')) / count:.4f}"
-                   f" bytes a parameter, relative squared error {error / energy:.3g}")
-
+            raw = b"".join(planes(to_grid(weight, kind, step)[0].to(KINDS[kind])) for weight, kind in weights)
+            count = sum(weight.numel() for weight, _ in weights)
+            error = sum((on_grid(weight, kind, step) - weight).square().sum().item() for weight, kind in weights)
+            energy = sum(weight.square().sum().item() for weight, _ in weights)
+            yield (f"quantized {role}: {count} parameters as {weights[0][1]}, step {step:.4g}, bytes a parameter: deflate"
+                   f" {len(compress(raw, 'zlib')) / count:.4f}, relative squared error {error / max(energy, 1e-30):.3g}")
 
 def unpack(blob: bytes, where: object) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Settings and float32 weights of an artifact; UserError for a corrupt, foreign or newer one. Executes nothing."""
     try:
         return decode(blob)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except UserError as error:
+        raise UserError(f"ARTIFACT={where}: was made for settings that this program refuses ({error})") from None
+    except Exception as error:  # whatever a hostile file can provoke in json, struct, zlib or zstandard
         raise UserError(f"ARTIFACT={where}: is no artifact of this program, or a damaged one ({error})") from None
 
-
 def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """See unpack; raises anything. All lengths are checked against the file and the model before a weight is read."""
+    body = memoryview(blob)[len(MAGIC) + 32:]
     if blob[:len(MAGIC)] != MAGIC:
         raise ValueError("wrong magic or another version")
-    body = blob[len(MAGIC) + 32:]
     if hashlib.sha256(body).digest() != blob[len(MAGIC):len(MAGIC) + 32]:
         raise ValueError("checksum mismatch")
-    header_end = 4 + struct.unpack("<I", body[:4])[0]
-    header = json.loads(body[4:header_end])
-    layout = [(name, getattr(torch, kind), tuple(shape)) for name, kind, shape in header["tensors"]
-              if kind in ("int8", "int16", "float16", "float32") and all(type(n) is int and n > 0 for n in shape)]
-    if len(layout) != len(header["tensors"]):
-        raise ValueError("unknown tensor kind or shape")
-    sizes = [kind.itemsize * math.prod(shape) for _, kind, shape in layout]
-    scales = [2 * math.prod(shape[:-1]) if not kind.is_floating_point else 0 for _, kind, shape in layout]
-    if sum(sizes) + sum(scales) > 64 * len(blob):
-        raise ValueError("claims more weights than it can hold")
-    raw = memoryview(bytearray(decompress(body[header_end:], header["codec"], sum(sizes) + sum(scales))))
-    position = [0, sum(size for size, scale in zip(sizes, scales) if scale)]  # of the integers, and of the rest
-
-    def take(kind: torch.dtype, count: int, part: int) -> Tensor:
-        start = position[part]
-        position[part] += count * kind.itemsize
-        return torch.frombuffer(raw[start:position[part]], dtype=kind)
-
-    state = {}
-    for name, kind, shape in layout:
-        if kind.is_floating_point:
-            state[name] = take(kind, math.prod(shape), 1).float().view(shape)
-        else:
-            planes = take(torch.uint8, math.prod(shape) * kind.itemsize, 0).view(kind.itemsize, -1)
-            q = planes.T.contiguous().view(kind).float().view(-1, shape[-1])
-            state[name] = q.mul_(take(torch.bfloat16, len(q), 1).float()[:, None]).view(shape)
-    return header["settings"], state
-
+    end = 4 + struct.unpack("<I", body[:4])[0]
+    header = json.loads(bytes(body[4:end]))
+    settings = {name: parse(name.upper(), str(int(value) if isinstance(value, bool) else value))
+                for name, value in header["settings"].items() if fields()[name.upper()].metadata["scope"] != "run"}
+    layout = [(name, KINDS[kind], tuple(shape)) for name, kind, shape in header["tensors"]]
+    if not all(type(n) is int and 0 < n < 2**40 for _, _, shape in layout for n in shape):
+        raise ValueError("a shape is no list of positive numbers")
+    integers = [kind.itemsize * math.prod(shape) for _, kind, shape in layout if not kind.is_floating_point]
+    floats = [kind.itemsize * math.prod(shape) if kind.is_floating_point else 2 * math.prod(shape[:-1])
+              for _, kind, shape in layout]
+    if sum(integers) + sum(floats) > 64 * len(blob):
+        raise ValueError("it claims more weights than it can hold")
+    raw = decompress(bytes(body[end:]), header["codec"], sum(integers) + sum(floats))
+    whole, rest, state = io.BytesIO(raw[:sum(integers)]), io.BytesIO(raw[sum(integers):]), {}
+    for (name, kind, shape), size in zip(layout, floats):
+        state[name] = from_planes(rest.read(size), kind if kind.is_floating_point else torch.bfloat16).float()
+        if not kind.is_floating_point:
+            grid = from_planes(whole.read(kind.itemsize * math.prod(shape)), kind).float()
+            state[name] = grid.view(-1, shape[-1]).mul_(state[name][:, None])
+        state[name] = state[name].view(shape)
+    return settings, state
 
 def load_artifact(path: Path, settings: Hyperparameters, world: World) -> GPT:
-    """A fresh model with the weights of an artifact on disk, for settings that agree with it."""
-    _, state = unpack(path.read_bytes(), path)
-    model = GPT(settings, compute_dtype(settings, world)).to(world.device)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError:
-        raise UserError(f"ARTIFACT={path}: its tensors are not those of its own settings") from None
-    return model
+    """A fresh model with the weights of an artifact on rank 0's disk; UserError where its tensors are not the model's."""
+    _, state = unpack(world.agree(path.read_bytes() if world.rank == 0 else b""), path)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT(settings).named_parameters()}
+    if shapes != {name: weight.shape for name, weight in state.items()}:
+        raise UserError(f"ARTIFACT={path}: its tensors are not those of its own settings")
+    return build_model(settings, world, state)
 
+def build_model(settings: Hyperparameters, world: World, state: Mapping[str, Tensor] | None = None) -> GPT:
+    """The model on the world's device, with given weights, or with the seed's."""
+    torch.manual_seed(settings.seed)
+    model = GPT(settings, compute_dtype(settings, world)).to(world.device)
+    if state is not None:
+        model.load_state_dict(state)
+    return model
 
 def compute_dtype(settings: Hyperparameters, world: World) -> torch.dtype:
     """bf16 where the chip multiplies it fast (CUDA, AMX, AVX512-BF16), else float32, unless COMPUTE_DTYPE says so."""
     fast = world.device.type == "cuda" or any(getattr(torch.cpu, f"_is_{name}_supported", bool)()
                                               for name in ("amx_tile", "avx512_bf16"))
-    auto = torch.bfloat16 if fast else torch.float32
-    return dict(auto=auto, bf16=torch.bfloat16, fp32=torch.float32)[settings.compute_dtype]
+    return dict(auto=torch.bfloat16 if fast else torch.float32, bf16=torch.bfloat16, fp32=torch.float32)[settings.compute_dtype]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Log and files: everything of a run lies in runs/<RUN_ID>/
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Log and files: everything of a run lies in runs/<RUN_ID>/ ------------------------------------------------------
 
 def source() -> bytes:
+    """This script's own bytes: they count against the size limit."""
     return Path(__file__).read_bytes()
 
-
 def hardware(world: World) -> str:
+    """The machine in words."""
     if world.device.type == "cuda":
         return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
-    return f"{world.size} x CPU process, {platform.machine()}, {torch.get_num_threads()} threads"
+    return f"CPU {platform.machine()}, {world.size} x {torch.get_num_threads()} threads"
 
-
-def peak_memory(world: World) -> tuple[int, int]:
-    """Peak MiB allocated and reserved: of the GPU, or (twice the same) of this process."""
+def peak_memory(world: World) -> str:
+    """The log line: peak MiB allocated and reserved of the GPU, or of this process (twice the same)."""
     if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak >> 20, peak >> 20
-
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    else:
+        import resource
+        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
 
 class RunLog:
-    """train.log and metrics.jsonl of one run, and the console. Silent on ranks above 0."""
+    """train.log and metrics.jsonl of one run, and the console. Silent where the folder is None (ranks above 0)."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder  # None: silent
+        self.folder = folder
 
     def write(self, line: str, console: bool = True, **metrics: object) -> None:
         """One log line; `metrics`, where given, become one JSON object."""
@@ -1497,11 +1374,28 @@ class RunLog:
             return
         if console:
             print(line, flush=True)
-        with open(self.folder / "train.log", "a", encoding="utf-8") as out:
-            out.write(line + "\n")
+        self.append("train.log", line)
         if metrics:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as out:
-                out.write(json.dumps(metrics) + "\n")
+            self.append("metrics.jsonl", json.dumps(metrics))
+
+    def append(self, name: str, line: str) -> None:
+        """Add a line to a file of the run."""
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as out:
+                out.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder / name}: cannot be written ({error.strerror}); free the disk and start again") from None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of both files, as a checkpoint remembers them."""
+        paths = [] if self.folder is None else [self.folder / "train.log", self.folder / "metrics.jsonl"]
+        return {path.name: path.stat().st_size for path in paths if path.exists()}
+
+    def rewind(self, sizes: Mapping[str, int]) -> None:
+        """Forget what was written after the checkpoint; with no sizes, everything."""
+        for name in () if self.folder is None else ("train.log", "metrics.jsonl"):
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, min(sizes.get(name, 0), (self.folder / name).stat().st_size))
 
     def opening(self, settings: Hyperparameters, world: World) -> None:
         """Versions, source, machine and every resolved setting: all that is needed to run it again."""
@@ -1509,19 +1403,30 @@ class RunLog:
                    f" {sentencepiece.__version__} source_sha256:{hashlib.sha256(source()).hexdigest()}")
         self.write(f"hardware: {hardware(world)}; compute dtype {compute_dtype(settings, world)}")
         for name, field in fields().items():
-            value = getattr(settings, field.name)
-            self.write(f"{name}={int(value) if isinstance(value, bool) else value}", console=False)
-        if world.device.type == "cpu":
+            self.write(f"{name}={setting_text(settings, field.name)}", console=False)
+        if world.device.type == "cpu" and settings.use_fa3:
             self.write("no CUDA: USE_FA3, FLASH_ATTN_* and SKIP_COMPILE=0 are accepted and unused")
 
+def setting_text(settings: Hyperparameters, name: str) -> str:
+    """A setting's value as its environment variable would hold it."""
+    value = getattr(settings, name)
+    return str(int(value)) if isinstance(value, bool) else str(value)
 
-def claim_run(settings: Hyperparameters, world: World) -> tuple[Path, dict[str, object] | None, object]:
-    """The run's folder, the result of a finished run of this name, and the lock that says it is in progress.
+def command(settings: Hyperparameters, world: World) -> str:
+    """The shell command that starts this run again."""
+    default = Hyperparameters(**{**PRESETS[settings.preset], "preset": settings.preset})
+    names = ["preset", *(n.lower() for n in fields() if n != "PRESET" and getattr(settings, n.lower()) != getattr(default, n.lower()))]
+    variables = " ".join(f"{name.upper()}={shlex.quote(setting_text(settings, name))}" for name in names)
+    program = "python" if world.size == 1 else f"torchrun --standalone --nproc_per_node={world.size}"
+    return f"{variables} {program} {shlex.quote(sys.argv[0])}"
 
-    Raises UserError where the name belongs to a run with other settings or to one in progress. On rank 0 only.
+@contextlib.contextmanager
+def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict | None]]:
+    """Inside, the run's folder is ours: the result of a finished run of this name, or the checkpoint of an interrupted one.
+
+    Raises UserError where the name belongs to a run in progress or with other settings, or where the disk is full.
     """
     import fcntl
-
     folder = Path("runs") / settings.run_id
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1531,62 +1436,69 @@ def claim_run(settings: Hyperparameters, world: World) -> tuple[Path, dict[str, 
         raise UserError(f"RUN_ID={settings.run_id}: that run is in progress; wait for it or choose another name") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); run in a writable folder") from None
-    done = folder / "submission.json"
-    if done.exists():
-        result = json.loads(done.read_text())
-        for name, value in dataclasses.asdict(settings).items():
-            if result["settings"].get(name, value) != value:
-                raise UserError(f"RUN_ID={settings.run_id}: is a finished run with {name.upper()}={result['settings'][name]},"
-                                f" not {value}; choose another name")
-        return folder, result, lock
-    for leftover in ("train.log", "metrics.jsonl"):  # of a run that was killed before it could write a result
-        (folder / leftover).unlink(missing_ok=True)
-    return folder, None, lock
+    with lock:
+        result, state, needed = None, None, 2 * settings.size_limit_bytes
+        if (folder / "submission.json").exists():
+            result = json.loads((folder / "submission.json").read_text())
+        elif (folder / "checkpoint.pt").exists():
+            state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        elif shutil.disk_usage(folder).free < needed:
+            raise UserError(f"{folder}: has less than {needed} bytes free; free the disk or use another folder")
+        for name, value in (result or state or {}).get("settings", {}).items():
+            if getattr(settings, name, value) != value:
+                raise UserError(f"{name.upper()}={setting_text(settings, name)}: RUN_ID={settings.run_id} is a run with"
+                                f" {name.upper()}={value}; choose another RUN_ID")
+        yield result, state
+        (folder / ".lock").unlink(missing_ok=True)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Train: the loop, and the bench that times its step
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Train: the loop, and the bench that times its step -------------------------------------------------------------
 
 class Clock:
-    """Seconds of training: runs between `start` and `stop`, on the wall clock, once the device is done."""
+    """Seconds between `start` and `stop`, added up; the device is waited for at both."""
 
-    def __init__(self, world: World) -> None:
-        self.world, self.banked, self.started = world, 0.0, None
+    def __init__(self, world: World, seconds: float = 0.0) -> None:
+        self.world, self.banked, self.started = world, seconds, None
 
     def start(self) -> None:
+        """Let it run."""
         self.world.synchronize()
         self.started = time.perf_counter()
 
     def stop(self) -> None:
+        """Let it stand."""
         self.world.synchronize()
         self.banked, self.started = self.seconds(), None
 
     def seconds(self) -> float:
+        """The sum so far."""
         return self.banked + (0.0 if self.started is None else time.perf_counter() - self.started)
 
-
 class Trainer:
-    """A model, its optimizers, and one step of both."""
+    """A model, its optimizers, average, step count and clock: all that changes in training and a checkpoint holds."""
 
     def __init__(self, model: GPT, settings: Hyperparameters, world: World) -> None:
         self.model, self.settings, self.world = model, settings, world
         self.roles = parameter_roles(model)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = list(model.parameters())
         self.loss = maybe_compile(model, settings, world)
         self.optimizers = build_optimizers(model, settings, world)
+        self.average = [p.detach().clone() for p in self.parameters] if settings.use_ema else []
+        self.steps, self.clock = 0, Clock(world)
+        self.grid: float | None = None  # the quantization step of late QAT, once it has begun
 
-    def step(self, batches: list[tuple[Tensor, Tensor]], index: int, scale: float, grid: float | None = None) -> Tensor:
-        """Train on this rank's share of one batch; the mean loss over all ranks (a tensor: nothing is waited for)."""
-        s = self.settings
-        total = torch.zeros((), device=self.world.device)
-        with rounded_weights(self.model, self.roles, grid):
+    def step(self, batches: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
+        """Train on this rank's share of one batch; the mean loss over all ranks, a tensor: nothing is waited for.
+
+        Interrupted leaves everything as it was before the step.
+        """
+        s, total = self.settings, torch.zeros((), device=self.world.device)
+        with rounded_weights(self.model, self.roles, self.grid):
             for x_BT, y_BT in batches:
+                self.world.heed()
                 loss = self.loss(x_BT, y_BT) / len(batches)
                 loss.backward()
                 total += loss.detach()
-        if index == 0:
+        if self.steps == 0:
             require_gradients(self.model)
         self.world.average([p.grad for p in self.parameters] + [total])
         if s.grad_clip_norm:
@@ -1595,75 +1507,103 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
                 if isinstance(optimizer, Muon):
-                    group["momentum"] = momentum_at(index, s)
+                    group["momentum"] = momentum_at(self.steps, s)
             optimizer.step()
             optimizer.zero_grad()
+        if s.use_ema:
+            update_average(self.average, self.parameters, self.steps, s.ema_alpha)
+        self.steps += 1
         return total
 
     def warm_up(self, shards: Shards) -> None:
         """WARMUP_STEPS steps that prime compiled code and caches, then are undone."""
+        fresh = Trainer(self.model, self.settings, self.world)
         initial = [p.detach().clone() for p in self.parameters]
         for index in range(self.settings.warmup_steps):
-            self.step(train_batch(shards, index, self.settings, self.world), index, 1.0)
+            fresh.step(train_batch(shards, index, self.settings, self.world), 1.0)
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, initial)
-        self.optimizers = build_optimizers(self.model, self.settings, self.world)
 
+    def final_weights(self) -> dict[str, Tensor]:
+        """What is exported: the average where there is one, else the weights."""
+        return dict(zip(self.roles, self.average or [p.detach() for p in self.parameters]))
 
-def check_finite(loss: Tensor, step: int) -> float:
+    def state(self) -> dict[str, object]:
+        """What a checkpoint holds, beside the settings and the log's sizes."""
+        return dict(steps=self.steps, seconds=self.clock.seconds(), grid=self.grid, average=self.average,
+                    parameters=[p.detach() for p in self.parameters], optimizers=[o.state_dict() for o in self.optimizers])
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a checkpoint's state."""
+        self.steps, self.grid, self.clock = state["steps"], state["grid"], Clock(self.world, state["seconds"])
+        with torch.no_grad():
+            for mine, saved in ((self.parameters, state["parameters"]), (self.average, state["average"])):
+                for tensor, value in zip(mine, saved):
+                    tensor.copy_(value)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+
+def save_checkpoint(trainer: Trainer, log: RunLog) -> None:
+    """Write checkpoint.pt, whole or not at all (rank 0; all ranks hold the same state)."""
+    if log.folder is not None:
+        buffer = io.BytesIO()
+        torch.save(dict(trainer.state(), settings=dataclasses.asdict(trainer.settings), sizes=log.sizes()), buffer)
+        write_whole(log.folder / "checkpoint.pt", buffer.getvalue())
+
+def check_finite(loss: Tensor, step: int, log: RunLog) -> float:
+    """The loss as a number; UserError where it is none."""
     value = loss.item()
     if not math.isfinite(value):
-        raise UserError(f"step {step}: the loss is {value}; the run stops and writes no artifact (lower the learning rates)")
+        kept = log.folder is not None and (log.folder / "checkpoint.pt").exists()
+        where = f"the last good checkpoint is {log.folder / 'checkpoint.pt'}" if kept else "there is no checkpoint"
+        raise UserError(f"step {step}: the loss is {value}; no artifact is written, {where}; lower the learning rates")
     return value
 
-
-def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], None], log: RunLog) -> tuple[int, float]:
-    """Train until ITERATIONS or the time cap; leaves the averaged weights in the model. Returns steps and seconds."""
-    s, world = trainer.settings, trainer.world
-    trainer.warm_up(shards)
-    average = [p.detach().clone() for p in trainer.parameters] if s.use_ema else []
-    clock, step, grid, loss = Clock(world), 0, None, None
+def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], None], log: RunLog) -> None:
+    """Train until ITERATIONS or the time cap; ends with a checkpoint."""
+    s, world, clock = trainer.settings, trainer.world, trainer.clock
+    loss, saved = None, clock.seconds()
     clock.start()
     while True:
         seconds = world.agree(clock.seconds())
-        done = finished(step, seconds, s)
-        if done or s.val_loss_every and step % s.val_loss_every == 0:
+        done = finished(trainer.steps, seconds, s)
+        if done or s.val_loss_every and trainer.steps % s.val_loss_every == 0:
             clock.stop()
-            validate(step, clock.seconds())
+            validate(trainer.steps, clock.seconds())
             clock.start()
         if done:
             break
-        scale = learning_rate_scale(step, seconds, s)
-        if s.late_qat and grid is None and scale < s.qat_threshold:
-            grid = late_grid(trainer, log, step)
-        before, loss = loss, trainer.step(train_batch(shards, step, s, world), step, scale, grid)
-        if s.use_ema:
-            update_average(average, trainer.parameters, step, s.ema_alpha)
+        if s.checkpoint_seconds and seconds - saved >= s.checkpoint_seconds:
+            saved = seconds
+            clock.stop()
+            check_finite(loss, trainer.steps, log)
+            save_checkpoint(trainer, log)
+            clock.start()
+        scale = learning_rate_scale(trainer.steps, seconds, s)
+        if s.late_qat and trainer.grid is None and scale < s.qat_threshold:
+            trainer.grid = late_grid(trainer, log)
+        before, loss = loss, trainer.step(train_batch(shards, trainer.steps, s, world), scale)
         if before is not None:
-            check_finite(before, step)  # waits for the step before this one: the host runs one step ahead, no more
-        step += 1
-        if s.train_log_every and (step <= 10 or step % s.train_log_every == 0):
-            log_step(log, step, check_finite(loss, step), clock.seconds(), scale, s)
+            check_finite(before, trainer.steps - 1, log)  # waits for that step: the host runs one step ahead, no more
+        if s.train_log_every and (trainer.steps <= 10 or trainer.steps % s.train_log_every == 0):
+            log_step(log, trainer.steps, check_finite(loss, trainer.steps, log), clock.seconds(), scale, s)
     clock.stop()
     if loss is not None:
-        check_finite(loss, step)
-    if step < s.iterations:
-        log.write(f"stopping_early: wallclock_cap train_time:{1000 * clock.seconds():.0f}ms step:{step}/{s.iterations}")
-    with torch.no_grad():
-        torch._foreach_copy_(trainer.parameters[:len(average)], average)
-    return step, clock.seconds()
+        check_finite(loss, trainer.steps, log)
+    if trainer.steps < s.iterations:
+        log.write(f"stopping_early: wallclock_cap train_time:{1000 * clock.seconds():.0f}ms step:{trainer.steps}/{s.iterations}")
+    save_checkpoint(trainer, log)
 
-
-def late_grid(trainer: Trainer, log: RunLog, step: int) -> float:
+def late_grid(trainer: Trainer, log: RunLog) -> float:
     """The quantization step at which the present weights would fit the cap: what late QAT rounds to."""
     limit = trainer.settings.size_limit_bytes - len(source())
     state = trainer.model.state_dict()
-    grid = trainer.world.agree(fit(lambda size: entropy_bytes(state, trainer.roles, size), limit))
-    log.write(f"late_qat: from step {step}, quantization step {grid:.4g}")
+    grid = trainer.world.agree(fit(lambda step: entropy_bytes(state, trainer.roles, step), limit))
+    log.write(f"late_qat: from step {trainer.steps}, quantization step {grid:.4g}")
     return grid
 
-
 def log_step(log: RunLog, step: int, loss: float, seconds: float, scale: float, s: Hyperparameters) -> None:
+    """The progress line of one step."""
     speed = step * s.train_batch_tokens / seconds
     left = (s.iterations - step) * seconds / step
     left = min(left, s.max_wallclock_seconds - seconds) if s.max_wallclock_seconds else left
@@ -1671,59 +1611,49 @@ def log_step(log: RunLog, step: int, loss: float, seconds: float, scale: float, 
               f" step_avg:{1000 * seconds / step:.2f}ms lr_scale:{scale:.3f} tokens/s:{speed:.0f} eta:{max(left, 0):.0f}s",
               kind="train", step=step, train_loss=loss, train_seconds=seconds, lr_scale=scale, tokens_per_second=speed)
 
-
 def flops_per_token(model: GPT, s: Hyperparameters) -> float:
-    """6 multiply-adds' worth a weight of blocks and head, and 6 L D T for causal attention (forward and backward)."""
-    blocks = sum(p.numel() for block in model.blocks for p in block.parameters() if p.ndim == 2 and p.size(0) > 2)
+    """Forward and backward: 6 a weight of the blocks' matrices and of the head, 6 L D T for causal attention."""
+    roles = parameter_roles(model)
+    blocks = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.") and roles[name] == "matrix")
     return 6 * (blocks + model.head.macs(s.model_dim, s.vocab_size)) + 6 * s.num_layers * s.model_dim * s.train_seq_len
 
-
-def bench(settings: Hyperparameters, world: World) -> None:
-    """Time training steps of the chosen head and of the tied one, in turn, on random tokens; print medians."""
-    peak = 989e12 if world.device.type == "cuda" and "H100" in torch.cuda.get_device_name() else None
+def bench(settings: Hyperparameters, world: World) -> int:
+    """MODE=bench: time training steps of the chosen head and of the tied one, in turn, on random tokens; print medians."""
     heads = list(dict.fromkeys(("tied", settings.head_type)))
-    trainers = []
-    for head in heads:
-        torch.manual_seed(settings.seed)
-        s = dataclasses.replace(settings, head_type=head)
-        trainers.append(Trainer(GPT(s, compute_dtype(s, world)).to(world.device), s, world))
-    T, share = settings.train_seq_len, settings.train_batch_tokens // settings.train_seq_len // world.size
-    tokens = torch.randint(settings.vocab_size, (share, T + 1), device=world.device)
-    B = micro_batch_sequences(settings, world)
+    choices = [dataclasses.replace(settings, head_type=head) for head in heads]
+    trainers = [Trainer(build_model(s, world), s, world) for s in choices]
+    T, n, B = settings.train_seq_len, settings.train_batch_tokens, micro_batch_sequences(settings, world)
+    tokens = torch.randint(settings.vocab_size, (n // T // world.size, T + 1), device=world.device)
     batches = [(part[:, :-1], part[:, 1:]) for part in tokens.split(B)]
-    times: dict[str, list[float]] = {head: [] for head in heads}
-    for index in range(13):
-        for head, trainer in zip(heads, trainers):
+    times: list[list[float]] = [[] for _ in trainers]
+    for round in range(13):
+        for trainer, seconds in zip(trainers, times):
             clock = Clock(world)
             clock.start()
-            trainer.step(batches, index, 1.0)
+            trainer.step(batches, 1.0)
             clock.stop()
-            times[head] += [clock.seconds()] if index >= 3 else []
-    for head, trainer in zip(heads, trainers):
-        seconds = float(np.median(times[head]))
-        flops = flops_per_token(trainer.model, settings) * settings.train_batch_tokens
-        share_of_peak = f"{flops / seconds / peak / world.size:.1%}" if peak else "n/a (known for H100)"
+            seconds += [clock.seconds()] if round >= 3 else []
+    peak = 989e12 if world.device.type == "cuda" and re.search("H[12]00", torch.cuda.get_device_name()) else None
+    medians = [float(np.median(seconds)) for seconds in times]
+    for head, trainer, seconds in zip(heads, trainers, medians):
+        flops = flops_per_token(trainer.model, settings) * n / seconds / world.size
         if world.rank == 0:
-            print(f"bench head:{head} {1000 * seconds:.1f} ms/step (median of 10, {settings.train_batch_tokens} tokens, sequence {T})"
-                  f" tokens/s:{settings.train_batch_tokens / seconds:.0f} FLOP/token:{flops / settings.train_batch_tokens / 1e6:.1f}M"
-                  f" TFLOP/s:{flops / seconds / 1e12:.2f} MFU:{share_of_peak} to tied:{seconds / np.median(times['tied']):.3f}")
+            print(f"bench head:{head} {1000 * seconds:.1f} ms/step (median of 10; {n} tokens, sequence {T}) tokens/s:{n / seconds:.0f}"
+                  f" FLOP/token:{flops * seconds * world.size / n / 1e6:.1f}M TFLOP/s:{flops / 1e12:.3f} a rank"
+                  f" MFU:{f'{flops / peak:.1%}' if peak else 'unknown peak'} time to tied:{seconds / medians[0]:.3f}")
     if world.rank == 0:
-        print("peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory(world)))
+        print(f"{hardware(world)}, {compute_dtype(settings, world)}, torch {torch.__version__}; {peak_memory(world)}")
+    return 0
 
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_validation(settings: Hyperparameters, world: World) -> tuple[Tensor, ByteCounts]:
-    """The split that is scored, as int64 tokens on the device, and the bytes that its tokens stand for."""
+def load_validation(settings: Hyperparameters, world: World) -> tuple[Tensor, ByteCounts, str]:
+    """The split that is scored, as int64 tokens on the device, the bytes that its tokens stand for, its fingerprint."""
     shards = Shards(Path(settings.data_path), settings.eval_split, settings.vocab_size)
     if len(shards) <= settings.train_seq_len:
         raise UserError(f"TRAIN_SEQ_LEN={settings.train_seq_len}: the {settings.eval_split} split has only {len(shards)} tokens")
     byte_counts = load_byte_counts(Path(settings.tokenizer_path), settings.vocab_size, world.device)
-    return torch.from_numpy(shards.take(0, len(shards))).to(world.device), byte_counts
-
+    return torch.from_numpy(shards.take(0, len(shards))).to(world.device), byte_counts, shards.fingerprint()
 
 def score(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, s: Hyperparameters, world: World) -> tuple[float, float, float]:
     """Loss, bits per byte and seconds of the evaluation at EVAL_STRIDE."""
@@ -1733,97 +1663,118 @@ def score(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, s: Hyperparamet
     clock.stop()
     return loss, bpb, clock.seconds()
 
-
 def final_lines(codec: str, loss: float, bpb: float, seconds: float) -> Iterator[str]:
+    """The two lines that the ecosystem's tools look for."""
     yield f"final_int8_{codec}_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * seconds:.0f}ms"
     yield f"final_int8_{codec}_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}"
 
-
 def run_eval(settings: Hyperparameters, world: World) -> int:
-    """MODE=eval: score an artifact; the architecture and the evaluation's settings are its own."""
+    """MODE=eval: score an artifact; the architecture and, unless given, the evaluation's settings are its own."""
     path = Path(settings.artifact)
     if not path.is_file():
         raise UserError(f"ARTIFACT={path}: no such file")
-    settings = prepare_demo(from_env(defaults=unpack(path.read_bytes(), path)[0]), world)
-    tokens_N, byte_counts = load_validation(settings, world)
-    for line in final_lines(settings.compress_algo, *score(load_artifact(path, settings, world), tokens_N, byte_counts, settings, world)):
+    stored, _ = unpack(path.read_bytes(), path)
+    settings = from_env(defaults=stored)
+    for name, value in stored.items():
+        if fields()[name.upper()].metadata["scope"] == "model" and getattr(settings, name) != value:
+            raise UserError(f"{name.upper()}={getattr(settings, name)}: the artifact has {value}; leave it unset")
+    settings = prepare_demo(settings, world)
+    tokens_N, byte_counts, _ = load_validation(settings, world)
+    model = load_artifact(path, settings, world)
+    for line in final_lines(settings.compress_algo, *score(model, tokens_N, byte_counts, settings, world)):
         if world.rank == 0:
             print(line)
     return 0
 
-
-def export(model: GPT, settings: Hyperparameters, world: World, path: Path, log: RunLog) -> tuple[int, int]:
-    """Write the artifact (rank 0) and log its size; returns bytes of code and of the artifact, measured from the files."""
-    code = len(source())
-    if world.rank == 0:
-        blob, step = pack(model.state_dict(), parameter_roles(model), settings, settings.size_limit_bytes - code)
-        write_whole(path, blob)
-        for line in describe_packing(model.state_dict(), parameter_roles(model), step):
+def export(weights: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, world: World, log: RunLog) -> int:
+    """Rank 0 writes the artifact and logs its size and quality; returns its bytes, measured from the file."""
+    packed, code = 0, len(source())
+    if log.folder is not None:
+        blob, step = pack(weights, roles, settings, settings.size_limit_bytes - code)
+        write_whole(log.folder / "final_model.int8.ptz", blob)
+        packed, codec = (log.folder / "final_model.int8.ptz").stat().st_size, settings.compress_algo
+        for line in (*describe_packing(weights, roles, step), f"Code size: {code} bytes",
+                     f"Serialized model int8+{codec}: {packed} bytes",
+                     f"Total submission size int8+{codec}: {code + packed} bytes",
+                     f"size_limit: {settings.size_limit_bytes} bytes headroom: {settings.size_limit_bytes - code - packed} bytes"):
             log.write(line)
-    world.barrier()
-    packed, codec = path.stat().st_size, settings.compress_algo
-    log.write(f"Code size: {code} bytes")
-    log.write(f"Serialized model int8+{codec}: {packed} bytes")
-    log.write(f"Total submission size int8+{codec}: {code + packed} bytes")
-    log.write(f"size_limit: {settings.size_limit_bytes} bytes headroom: {settings.size_limit_bytes - code - packed} bytes")
-    return code, packed
-
+    return int(world.agree(float(packed)))
 
 def run_train(settings: Hyperparameters, world: World) -> int:
-    """MODE=train: train, export, reload, score. Exit code 0, or 3 for a submission above the size limit."""
+    """MODE=train: claim the folder, resume or start, train, finish. Exit code 0, 3 above the size limit, 128 + signal."""
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{settings.head_type}-{settings.seed}"
-    settings = dataclasses.replace(settings, run_id=settings.run_id or world.agree_text(stamp))
-    settings = prepare_demo(settings, world)
-    shards = Shards(Path(settings.data_path), "train", settings.vocab_size)
-    tokens_N, byte_counts = load_validation(settings, world)
+    settings = dataclasses.replace(prepare_demo(settings, world), run_id=settings.run_id or world.agree(stamp))
     micro_batch_sequences(settings, world)
-    torch.manual_seed(settings.seed)
-    model = GPT(settings, compute_dtype(settings, world)).to(world.device)
-    folder, finished_run, lock = claim_run(settings, world) if world.rank == 0 else (Path("runs") / settings.run_id, None, None)
-    log = RunLog(folder if world.rank == 0 else None)
-    finished_run = json.loads(world.agree_text(json.dumps(finished_run)))
-    if finished_run:
-        if world.rank == 0:
-            print(f"{folder} is finished: val_bpb:{finished_run['val_bpb']:.8f}, {finished_run['bytes_total']} bytes")
-        return 3 if finished_run["bytes_total"] > settings.size_limit_bytes else 0
+    shards = Shards(Path(settings.data_path), "train", settings.vocab_size)
+    validation = load_validation(settings, world)
+    trainer = Trainer(build_model(settings, world), settings, world)
+    with claimed_run(settings) if world.rank == 0 else contextlib.nullcontext((None, None)) as found:
+        result, state = world.agree(found)
+        folder = Path("runs") / settings.run_id
+        log = RunLog(folder if world.rank == 0 else None)
+        if result is None:
+            try:
+                result = start_or_resume(trainer, shards, validation, state, folder, log)
+            except Interrupted as stop:
+                save_checkpoint(trainer, log)
+                log.write(f"interrupted at step {trainer.steps}; resume with: {command(settings, world)}")
+                return 128 + stop.args[0]
+        elif world.rank == 0:
+            print(f"{folder} is finished: val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}")
+    return 3 if result["bytes_total"] > settings.size_limit_bytes else 0
 
-    log.opening(settings, world)
-    log.write(f"data: {settings.data_path} train {len(shards)} tokens {shards.fingerprint()}; {settings.eval_split} {len(tokens_N)}"
-              f" tokens {Shards(Path(settings.data_path), settings.eval_split, settings.vocab_size).fingerprint()};"
-              f" unigram bpb {unigram_bpb(shards, tokens_N, byte_counts):.4f}")
-    log.write(f"model_params:{sum(p.numel() for p in model.parameters())}")
+def start_or_resume(trainer: Trainer, shards: Shards, validation: tuple[Tensor, ByteCounts, str], state: dict | None,
+                    folder: Path, log: RunLog) -> dict[str, object]:
+    """Open the log, train from the start or from a checkpoint's state, finish; the result, as in submission.json."""
+    s, world = trainer.settings, trainer.world
+    tokens_N, byte_counts, val_hash = validation
+    log.rewind((state or {}).get("sizes", {}))
+    if state is None:
+        log.opening(s, world)
+        log.write(f"data: {s.data_path}; train {len(shards)} tokens {shards.fingerprint()}; {s.eval_split} {len(tokens_N)} tokens"
+                  f" {val_hash}; unigram model val_bpb:{unigram_bpb(shards, tokens_N, byte_counts):.4f}")
+        log.write(f"model_params:{sum(p.numel() for p in trainer.parameters)}")
+    trainer.warm_up(shards)
+    if state is not None:
+        trainer.restore(state)
+        log.write(f"resumed at step {trainer.steps}")
 
     def validate(step: int, seconds: float) -> None:
-        loss, bpb = evaluate(model, tokens_N, byte_counts, 0, settings, world)
-        log.write(f"step:{step}/{settings.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * seconds:.0f}ms"
-                  f" step_avg:{1000 * seconds / max(step, 1):.2f}ms", kind="val", step=step, val_loss=loss, val_bpb=bpb,
-                  train_seconds=seconds)
+        loss, bpb = evaluate(trainer.model, tokens_N, byte_counts, 0, s, world)
+        log.write(f"step:{step}/{s.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * seconds:.0f}ms"
+                  f" step_avg:{1000 * seconds / max(step, 1):.2f}ms",
+                  kind="val", step=step, val_loss=loss, val_bpb=bpb, train_seconds=seconds)
 
-    step, seconds = train(Trainer(model, settings, world), shards, validate, log)
-    log.write("peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory(world)))
-    before = score(model, tokens_N, byte_counts, settings, world)
-    log.write(f"pre_quant val_loss:{before[0]:.8f} val_bpb:{before[1]:.8f}")
-    path = folder / "final_model.int8.ptz"
-    code, packed = export(model, settings, world, path, log)
-    loss, bpb, eval_seconds = score(load_artifact(path, settings, world), tokens_N, byte_counts, settings, world)
-    for line in final_lines(settings.compress_algo, loss, bpb, eval_seconds):
+    train(trainer, shards, validate, log)
+    return finish(trainer, tokens_N, byte_counts, folder, log)
+
+def finish(trainer: Trainer, tokens_N: Tensor, byte_counts: ByteCounts, folder: Path, log: RunLog) -> dict[str, object]:
+    """Score the final weights, export, reload from disk, score again, write submission.json."""
+    s, world, code = trainer.settings, trainer.world, len(source())
+    log.write(peak_memory(world))
+    weights = trainer.final_weights()
+    pre_loss, pre_bpb, _ = score(build_model(s, world, weights), tokens_N, byte_counts, s, world)
+    log.write(f"pre_quant val_loss:{pre_loss:.8f} val_bpb:{pre_bpb:.8f}")
+    packed = export(weights, trainer.roles, s, world, log)
+    loaded = load_artifact(folder / "final_model.int8.ptz", s, world)
+    loss, bpb, eval_seconds = score(loaded, tokens_N, byte_counts, s, world)
+    for line in final_lines(s.compress_algo, loss, bpb, eval_seconds):
         log.write(line)
     result = dict(
-        author=settings.author, github_id=settings.github_id, name=f"{settings.num_layers}L {settings.head_type} head",
-        blurb=f"{settings.num_layers} layers x {settings.model_dim}, {settings.head_type} head, data {settings.data_path}",
-        date=f"{datetime.date.today()}", track="non-record-16mb", seed=settings.seed, val_loss=loss, val_bpb=bpb,
-        pre_quant_val_loss=before[0], pre_quant_val_bpb=before[1], step_stop=step, wallclock_seconds=seconds,
-        eval_time_seconds=eval_seconds, bytes_total=code + packed, bytes_code=code, bytes_model_int8_zlib=packed,
-        hardware=hardware(world), pytorch_version=torch.__version__, head=settings.head_type,
-        source_sha256=hashlib.sha256(source()).hexdigest(), settings=dataclasses.asdict(settings))
+        author=s.author, github_id=s.github_id, name=f"{s.num_layers}L {s.head_type} head",
+        blurb=f"{s.num_layers} layers x {s.model_dim}, {s.head_type} head, {s.eval_split} split of {s.data_path}",
+        date=f"{datetime.date.today()}", track="non-record-16mb", seed=s.seed, val_loss=loss, val_bpb=bpb,
+        pre_quant_val_loss=pre_loss, pre_quant_val_bpb=pre_bpb, step_stop=trainer.steps,
+        wallclock_seconds=trainer.clock.seconds(), eval_time_seconds=eval_seconds, bytes_total=code + packed,
+        bytes_code=code, bytes_model_int8_zlib=packed, hardware=hardware(world), pytorch_version=torch.__version__,
+        head=s.head_type, source_sha256=hashlib.sha256(source()).hexdigest(), settings=dataclasses.asdict(s))
+    log.write(f"results: {folder}", kind="final", **{name: value for name, value in result.items() if name != "settings"})
+    if code + packed > s.size_limit_bytes:
+        log.write(f"over the cap: {code + packed} bytes of {s.size_limit_bytes}; the run exits with code 3")
     if world.rank == 0:
         write_whole(folder / "submission.json", json.dumps(result, indent=1).encode())
-    log.write(f"run folder: {folder}", kind="final", **{k: v for k, v in result.items() if k != "settings"})
-    if code + packed > settings.size_limit_bytes:
-        log.write(f"over the cap: {code + packed} bytes of {settings.size_limit_bytes}; the run exits with code 3")
-        return 3
-    return 0
-
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return result
 
 def main() -> int:
     """Run the chosen mode; the exit code. A user's mistake is one line on standard error, said by rank 0, and code 2."""
@@ -1833,19 +1784,16 @@ def main() -> int:
         rank = world.rank
         settings = from_env()
         world.start()
-        if settings.mode == "bench":
-            bench(settings, world)
-            code = 0
-        else:
-            code = dict(train=run_train, eval=run_eval)[settings.mode](settings, world)
-        world.close()
-        return code
+        code = dict(train=run_train, eval=run_eval, bench=bench)[settings.mode](settings, world)
     except UserError as error:
         if rank:
             time.sleep(10)  # rank 0 speaks first; torchrun then ends this process
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-
+    except Interrupted as stop:
+        return 128 + stop.args[0]
+    world.close()
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,299 @@
+"""The trunk against an independent float64 implementation in numpy, its initial values, causality and its switches."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from train_gpt import GPT, HEADS, Hyperparameters, Trainer, World
+
+BOS = 1
+SMALL = dict(
+    vocab_size=48, num_layers=5, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, bigram_vocab_size=40,
+    bigram_dim=16, ve_dim=8, ve_layers="2,4", xsa_last_n=2, train_seq_len=24, train_batch_tokens=96, head_rank=6,
+    head_dim=8, compile="0", compute_dtype="fp32")
+SWITCHES = [
+    dict(), dict(smear_gate=False), dict(bigram_hash=False), dict(value_embed=False), dict(ln_scale=False),
+    dict(use_ntk_rope=False), dict(train_seq_len=2048, train_batch_tokens=4096), dict(xsa_last_n=0),
+    dict(xsa_last_n=5), dict(rope_dims=0), dict(rope_dims=8), dict(num_kv_heads=4), dict(num_kv_heads=1),
+    dict(logit_softcap=0.0), dict(logit_softcap=2.0), dict(init_type="default"), dict(num_layers=4, ve_layers="1,3"),
+    dict(num_layers=2, ve_layers="0", xsa_last_n=1), dict(num_layers=1, ve_layers="0", xsa_last_n=1), dict(mlp_mult=1),
+]
+each_switch = pytest.mark.parametrize("switch", SWITCHES, ids=str)
+
+
+def small(**changes):
+    return dataclasses.replace(Hyperparameters(), **{**SMALL, **changes})
+
+
+def random_model(settings, seed=0):
+    """A float64 model in which no parameter has a special value, and exact rotary tables."""
+    torch.manual_seed(seed)
+    model = GPT(settings).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.4 if p.ndim == 1 else 0.2))
+    angles = torch.from_numpy(rotary_angles(settings))
+    for module in model.modules():
+        for name, table in module.named_buffers(recurse=False):
+            exact = (angles.cos() if table.flatten()[0] == 1 else angles.sin()).view_as(table)
+            torch.testing.assert_close(table, exact, rtol=0, atol=2e-4)  # tables are made in float32
+            module.register_buffer(name, exact, persistent=False)
+    return model
+
+
+def documents(settings, B=3, T=24, seed=0):
+    """Tokens and targets with document starts at the beginning, inside, twice in a row, and at the end."""
+    tokens = torch.randint(2, settings.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(seed))
+    tokens[0, [0, 7, 8, T - 1]] = BOS
+    tokens[1, 12] = BOS
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+# ---- The independent implementation: one sequence, loops, numpy ------------------------------------------------------
+
+
+def rotary_angles(s):
+    r = s.rope_dims or s.model_dim // s.num_heads
+    base = s.rope_base
+    if s.use_ntk_rope and s.train_seq_len > 1024:
+        base = base * (s.train_seq_len / 1024) ** (r / (r - 2))
+    return np.arange(s.train_seq_len)[:, None] * np.array([base ** (-2 * i / r) for i in range(r // 2)])
+
+
+def rms(v):
+    return v / np.sqrt((v * v).mean(-1, keepdims=True) + 1e-7)
+
+
+def rotate(v, angles):
+    half = angles.size
+    out = v.copy()
+    for i, angle in enumerate(angles):
+        a, b = v[i], v[i + half]
+        out[i] = a * math.cos(angle) + b * math.sin(angle)
+        out[i + half] = b * math.cos(angle) - a * math.sin(angle)
+    return out
+
+
+def naive_attention(w, s, prefix, x, value, exclusive):
+    """T x D -> T x D, one query head and one position at a time."""
+    H, G, C = s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads
+    q, k, v = (x @ w[f"{prefix}.{name}.weight"].T for name in "qkv")
+    v = v if value is None else v + value
+    angles, y = rotary_angles(s), np.zeros_like(x)
+    for h in range(H):
+        g = h // (H // G)
+        mine, theirs = slice(h * C, (h + 1) * C), slice(g * C, (g + 1) * C)
+        keys = [rotate(rms(k[t, theirs]), angles[t]) for t in range(len(x))]
+        for t in range(len(x)):
+            query = rotate(rms(q[t, mine]), angles[t]) * w[f"{prefix}.q_gain"][h]
+            scores = np.array([query @ key for key in keys[:t + 1]]) / math.sqrt(C)
+            p = np.exp(scores - scores.max())
+            out = (p / p.sum()) @ v[:t + 1, theirs]
+            own = v[t, theirs]
+            y[t, mine] = out - (out @ own) / (own @ own + 1e-7) * own if exclusive else out
+    return y @ w[f"{prefix}.out.weight"].T
+
+
+def naive_logits(w, s, tokens):
+    """Logits T x V of the tied head for a list of tokens."""
+    T, L = len(tokens), s.num_layers
+    first = [t == 0 or tokens[t] == BOS for t in range(T)]
+    x = w["tok_emb.weight"][tokens]
+    if s.smear_gate:
+        gate = 1 / (1 + np.exp(-w["smear.gate"]))
+        x = np.stack([(1 - gate) * x[t] + (0 if first[t] else gate * x[t - 1]) for t in range(T)])
+    x = x0 = rms(x)
+    if s.bigram_hash:
+        rows = [s.bigram_vocab_size - 1 if first[t] else
+                (36313 * tokens[t] ^ 27191 * tokens[t - 1]) % (s.bigram_vocab_size - 1) for t in range(T)]
+        bigram = w["bigram.table.weight"][rows] @ w["bigram.proj.weight"].T
+    value_layers = [int(text) for text in s.ve_layers.split(",")] if s.value_embed else []
+    stored = {}
+    for i in range(L):
+        partner = 2 * (L // 2) - 1 - i  # the stored layer that layer i takes back: 4 before 5, 3 before 6, ...
+        if i >= L // 2 and partner >= 0:
+            x = x + w["skip_weights"][i - L // 2] * stored[partner]
+        if s.bigram_hash:
+            x = x + w["bigram.layer_scale"][i] * bigram
+        b = f"blocks.{i}"
+        x = w[f"{b}.resid_mix"][0] * x + w[f"{b}.resid_mix"][1] * x0
+        damp = 1 / math.sqrt(i + 1) if s.ln_scale else 1.0
+        value = None
+        if i in value_layers:
+            value = w["value_embed.table.weight"][tokens] @ w["value_embed.proj.weight"].T
+            value = value * w["value_embed.scale"] * w["value_embed.layer_scale"][value_layers.index(i)]
+        y = naive_attention(w, s, f"{b}.attn", rms(x) * damp, value, exclusive=i >= L - s.xsa_last_n)
+        x = x + w[f"{b}.attn_scale"] * y
+        hidden = np.maximum(rms(x) * damp @ w[f"{b}.mlp.up.weight"].T, 0) ** 2
+        x = x + w[f"{b}.mlp_scale"] * (hidden @ w[f"{b}.mlp.down.weight"].T)
+        stored[i] = x
+    z = rms(x) @ w["tok_emb.weight"].T
+    return s.logit_softcap * np.tanh(z / s.logit_softcap) if s.logit_softcap else z
+
+
+@each_switch
+def test_nll_equals_an_independent_implementation(switch):
+    s = small(**switch)
+    model = random_model(s)
+    w = {name: value.numpy() for name, value in model.state_dict().items()}
+    x, y = documents(s)
+    found = model.nll(x, y).detach().numpy()
+    for b in range(len(x)):
+        z = naive_logits(w, s, x[b].tolist())
+        expected = np.log(np.exp(z).sum(-1)) - z[np.arange(len(z)), y[b].numpy()]
+        np.testing.assert_allclose(found[b], expected, rtol=0, atol=1e-10)
+
+
+@each_switch
+def test_a_token_changes_nothing_before_it(switch):
+    s = small(**switch)
+    model = random_model(s)
+    x, y = documents(s)
+    tokens = torch.cat((x, y[:, -1:]), dim=1)
+    before = model.nll(x, y).detach()
+    for t in (1, 7, 13, 23):
+        changed = tokens.clone()
+        changed[:, t] = 2 + (changed[:, t] + 1) % (s.vocab_size - 2)
+        after = model.nll(changed[:, :-1], changed[:, 1:]).detach()
+        torch.testing.assert_close(after[:, :t - 1], before[:, :t - 1], rtol=0, atol=1e-12)
+        assert (after[:, t - 1:t + 1] != before[:, t - 1:t + 1]).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_no_head_sees_the_target(head):
+    s = small(head_type=head)
+    model = random_model(s)
+    x, y = documents(s)
+    tokens = torch.cat((x, y[:, -1:]), dim=1)
+    changed = tokens.clone()
+    changed[:, 13] = 2 + (changed[:, 13] + 1) % (s.vocab_size - 2)
+    before, after = (model.nll(t[:, :-1], t[:, 1:]).detach() for t in (tokens, changed))
+    torch.testing.assert_close(after[:, :12], before[:, :12], rtol=0, atol=1e-12)
+    assert (after[:, 12:14] != before[:, 12:14]).all()
+
+
+@pytest.mark.parametrize("switch", [dict(), dict(smear_gate=False), dict(bigram_hash=False)], ids=str)
+def test_smear_gate_and_bigram_hash_stop_at_a_document_boundary(switch):
+    model = random_model(small(**switch))
+    for block in model.blocks:  # attention alone may look across documents
+        torch.nn.init.zeros_(block.attn_scale)
+    x = torch.tensor([[5, 9, 11, 13, BOS, 17]])
+    other = torch.tensor([[5, 9, 11, 40, BOS, 17]])
+    changed = (model.hidden(x) - model.hidden(other)).abs().amax(-1)[0] > 1e-6
+    assert changed.tolist() == [False, False, False, True, False, False]
+    x[0, 4] = other[0, 4] = 23  # no boundary: what comes before now counts
+    assert (model.hidden(x) - model.hidden(other)).abs().amax(-1)[0, 4] > 1e-6
+
+
+def test_the_last_targets_alone_have_the_same_losses():
+    s = small()
+    model, (x, y) = random_model(s), documents(s)
+    whole = model.nll(x, y)
+    for last in (1, 5, 24):
+        torch.testing.assert_close(model.nll(x, y, last), whole[:, -last:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(x, y), whole.mean())
+
+
+# ---- Sizes and initial values ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset, count", [("study", 26_993_766), ("pilot", 17_059_912)])
+def test_parameter_count_is_the_published_one(preset, count):
+    with torch.device("meta"):
+        model = GPT(train_gpt.from_env({"PRESET": preset}))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("init", ["ortho", "default"])
+def test_called_as_reviewers_do_the_loss_is_a_scalar_near_ln_vocab(head, init):
+    s = small(vocab_size=200, init_type=init, head_type=head)
+    x = torch.randint(s.vocab_size, (2, 24))
+    loss = GPT(s)(x, torch.randint(s.vocab_size, (2, 24)))
+    assert loss.shape == () and abs(loss.item() - math.log(200)) < 0.05
+
+
+def initial(**changes):
+    torch.manual_seed(0)
+    return {name: p.detach() for name, p in GPT(small(model_dim=64, num_layers=3, vocab_size=512, ve_dim=24,
+                                                      ve_layers="1,2", **changes)).named_parameters()}
+
+
+RESIDUAL = ("attn.out.weight", "mlp.down.weight", "value_embed.proj.weight")
+
+
+def matrices(weights):
+    return {name: w for name, w in weights.items() if w.ndim == 2 and ("proj" in name or "blocks" in name)
+            and "resid_mix" not in name}
+
+
+def test_ortho_matrices_are_orthogonal_and_damped_where_they_join_the_stream():
+    found = matrices(initial(init_type="ortho"))
+    assert len(found) == 3 * 6 + 2
+    for name, w in found.items():
+        gain = 1 / math.sqrt(2 * 3) if name.endswith(RESIDUAL) else 1.0
+        singular = torch.linalg.svdvals(w)
+        torch.testing.assert_close(singular, torch.full_like(singular, gain), rtol=1e-5, atol=0, msg=name)
+
+
+def test_default_matrices_are_pytorchs_and_zero_where_they_join_the_stream():
+    for name, w in matrices(initial(init_type="default")).items():
+        if name.endswith(RESIDUAL):
+            assert not w.any(), name
+        else:  # uniform within 1 / sqrt(n_in)
+            bound = w.size(1) ** -0.5
+            assert w.abs().max() <= bound and abs(w.std().item() * 3 ** 0.5 / bound - 1) < 0.05, name
+
+
+def test_initial_values_are_the_published_ones():
+    weights = initial()
+    assert abs(weights["tok_emb.weight"].std().item() / 0.005 - 1) < 0.03
+    assert abs(weights["value_embed.table.weight"].std().item() / 0.01 - 1) < 0.03
+    for name, w in weights.items():
+        constant = [value for end, value in [
+            ("smear.gate", 0.0), ("bigram.table.weight", 0.0), ("bigram.layer_scale", 0.05), ("q_gain", 1.5),
+            ("attn_scale", 1.0), ("mlp_scale", 1.0), ("skip_weights", 1.0), ("value_embed.scale", 0.1),
+            ("value_embed.layer_scale", 1.0)] if name.endswith(end)]
+        if constant:
+            assert (w == constant[0]).all(), name
+        elif name.endswith("resid_mix"):
+            assert (w[0] == 1).all() and (w[1] == 0).all(), name
+        else:
+            assert name in matrices(weights) or name in ("tok_emb.weight", "value_embed.table.weight"), name
+
+
+def test_embedding_std_and_query_gain_follow_their_settings():
+    weights = initial(tied_embed_init_std=0.02, qk_gain_init=4.0)
+    assert abs(weights["tok_emb.weight"].std().item() / 0.02 - 1) < 0.03
+    assert (weights["blocks.2.attn.q_gain"] == 4.0).all()
+
+
+# ---- Switches --------------------------------------------------------------------------------------------------------
+
+
+@each_switch
+def test_every_switch_builds_and_learns(switch):
+    s = small(**switch)
+    torch.manual_seed(0)
+    world = World()
+    world.device = torch.device("cpu")
+    trainer = Trainer(GPT(s), s, world)
+    losses = [trainer.step([documents(s)], index, 1.0).item() for index in range(4)]
+    assert all(later < earlier for earlier, later in zip(losses, losses[1:])), losses
+
+
+def test_bf16_arithmetic_stays_near_float32_and_keeps_float32_masters():
+    s = small()
+    torch.manual_seed(0)
+    exact = GPT(s)
+    coarse = GPT(s, torch.bfloat16)
+    coarse.load_state_dict(exact.state_dict())
+    x, y = documents(s)
+    assert coarse.hidden(x).dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in coarse.parameters())
+    assert coarse.nll(x, y).dtype == torch.float32
+    torch.testing.assert_close(coarse(x, y), exact(x, y), rtol=0, atol=2e-3)
