@@ -148,7 +148,8 @@ class Hyperparameters:
     val_batch_size: int = setting(524288, "tokens of one evaluation batch, over all ranks", 1, 2**40, scope="eval")
     eval_split: str = setting("val", "split that is scored", choices=("val", "test"))
     artifact: str = setting("", "artifact to score (MODE=eval)")
-    compress_algo: str = setting("zlib", "codec of the artifact; zlib is deflate, Huffman only", choices=("zlib", "zstd"), scope="eval")
+    compress_algo: str = setting("zlib", "codec of the artifact; zlib is deflate, Huffman only",
+                                 choices=("zlib", "zstd"), scope="eval")
     size_limit_bytes: int = setting(16_000_000, "cap on this script's bytes plus the artifact's", 1, 2**50)
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -195,7 +196,8 @@ def from_env(environ: Mapping[str, str] | None = None, defaults: Mapping[str, ob
     explicit = {fields()[name].name: parse(name, text) for name, text in {**given, "PRESET": preset}.items()}
     small = CPU_BENCH if explicit.get("mode") == "bench" and not torch.cuda.is_available() else {}
     settings = Hyperparameters(**{**PRESETS[preset], **small, **(defaults or {}), **explicit})
-    check(settings, given)
+    if settings.mode != "eval" or defaults:  # before the artifact is read, its architecture is not known
+        check(settings, given)
     return settings
 
 def reject_unknown(environ: Mapping[str, str]) -> None:
@@ -291,7 +293,6 @@ def check(s: Hyperparameters, given: Mapping[str, str]) -> None:
     need(s.eval_stride <= s.train_seq_len, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={s.train_seq_len}")
     need(s.run_id == "" or re.fullmatch(r"[\w.-]{1,200}", s.run_id, re.ASCII) and s.run_id.strip("."), "RUN_ID",
          "be a folder name of letters, digits, '.', '_' and '-'")
-    need(s.mode != "eval" or s.artifact, "ARTIFACT", "name the artifact to score")
     for name in ("head_k", "head_rank", "head_dim"):
         users = [head for head, cls in HEADS.items() if name in cls.uses]
         need(name.upper() not in given or s.head_type in users, name.upper(),
@@ -1369,8 +1370,8 @@ def setting_text(settings: Hyperparameters, name: str) -> str:
 def command(settings: Hyperparameters, world: World) -> str:
     """The shell command that starts this run again."""
     default = Hyperparameters(**{**PRESETS[settings.preset], "preset": settings.preset})
-    names = ["preset", *(n.lower() for n in fields() if n != "PRESET" and getattr(settings, n.lower()) != getattr(default, n.lower()))]
-    variables = " ".join(f"{name.upper()}={shlex.quote(setting_text(settings, name))}" for name in names)
+    changed = [f.name for f in fields().values() if getattr(settings, f.name) != getattr(default, f.name)]
+    variables = " ".join(f"{name.upper()}={shlex.quote(setting_text(settings, name))}" for name in ["preset", *changed])
     program = "python" if world.size == 1 else f"torchrun --standalone --nproc_per_node={world.size}"
     return f"{variables} {program} {shlex.quote(sys.argv[0])}"
 
@@ -1585,8 +1586,8 @@ def bench(settings: Hyperparameters, world: World) -> int:
     for head, trainer, seconds in zip(heads, trainers, medians):
         flops = flops_per_token(trainer.model, settings) * n / seconds / world.size
         if world.rank == 0:
-            print(f"bench head:{head} {1000 * seconds:.1f} ms/step (median of 10; {n} tokens, sequence {T}) tokens/s:{n / seconds:.0f}"
-                  f" FLOP/token:{flops * seconds * world.size / n / 1e6:.1f}M TFLOP/s:{flops / 1e12:.3f} a rank"
+            print(f"bench head:{head} {1000 * seconds:.1f} ms/step (median of 10; {n} tokens, sequence {T})"
+                  f" tokens/s:{n / seconds:.0f} FLOP/token:{flops * seconds * world.size / n / 1e6:.1f}M TFLOP/s:{flops / 1e12:.3f} a rank"
                   f" MFU:{f'{flops / peak:.1%}' if peak else 'unknown peak'} time to tied:{seconds / medians[0]:.3f}")
     if world.rank == 0:
         print(f"{hardware(world)}, {compute_dtype(settings, world)}, torch {torch.__version__}; {peak_memory(world)}")
@@ -1616,7 +1617,7 @@ def run_eval(settings: Hyperparameters, world: World) -> int:
     """MODE=eval: score an artifact; the architecture and, unless given, the evaluation's settings are its own."""
     path = Path(settings.artifact)
     if not path.is_file():
-        raise UserError(f"ARTIFACT={path}: no such file")
+        raise UserError(f"ARTIFACT={settings.artifact}: must name the artifact to score; there is no such file")
     stored, _ = unpack(path.read_bytes(), path)
     settings = from_env(defaults=stored)
     for name, value in stored.items():

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from hypothesis import given, settings, strategies as st
-
 import train_gpt as tg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from train_gpt import Hyperparameters, Shards, UserError, micro_batch_sequences, train_batch
 
 MAGIC = 20240520
 
 
 def shard_bytes(tokens, magic=MAGIC, version=1, count=None):
-    """The challenge's format, written without the script's help."""
+    """A shard in the challenge's format, written without the script's help."""
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(tokens) if count is None else count
     return header.tobytes() + np.asarray(tokens, "<u2").tobytes()
@@ -51,11 +51,11 @@ def test_the_script_writes_the_format_of_the_challenge(tmp_path):
 
 @pytest.mark.parametrize("data", [
     b"", b"\0" * 10, shard_bytes([1, 2])[:1023], shard_bytes([1, 2, 3])[:-1], shard_bytes([1, 2, 3])[:-2],
-    shard_bytes([1, 2]) + b"\0", shard_bytes([1, 2]) + b"\0\0", shard_bytes([1, 2], magic=20240521), shard_bytes([1, 2], magic=0),
-    shard_bytes([1, 2], version=2), shard_bytes([1, 2], version=0), shard_bytes([1, 2], count=-1), shard_bytes([1, 2], count=2**31 - 1),
-    shard_bytes([]),
-], ids=["empty file", "ten bytes", "header cut", "cut by a byte", "cut by a token", "a byte more", "a token more", "wrong magic",
-        "no magic", "newer version", "no version", "negative count", "huge count", "no token"])
+    shard_bytes([1, 2]) + b"\0", shard_bytes([1, 2]) + b"\0\0", shard_bytes([1, 2], magic=20240521),
+    shard_bytes([1, 2], magic=0), shard_bytes([1, 2], version=2), shard_bytes([1, 2], version=0),
+    shard_bytes([1, 2], count=-1), shard_bytes([1, 2], count=2**31 - 1), shard_bytes([]),
+], ids=["empty file", "ten bytes", "header cut", "cut by a byte", "cut by a token", "a byte more", "a token more",
+        "wrong magic", "no magic", "newer version", "no version", "negative count", "huge count", "no token"])
 def test_a_damaged_shard_is_refused_and_named(tmp_path, data):
     path = tmp_path / "fineweb_val_000000.bin"
     path.write_bytes(data)
@@ -115,7 +115,7 @@ def test_shards_are_read_in_the_order_of_their_names_whatever_the_order_of_writi
 
 
 def plan(sequences, T=4, micro=0):
-    return Hyperparameters(train_batch_tokens=sequences * T, train_seq_len=T, micro_batch_tokens=micro, vocab_size=65536)
+    return Hyperparameters(train_batch_tokens=sequences * T, train_seq_len=T, micro_batch_tokens=micro)
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +143,14 @@ def test_the_ranks_parts_in_order_are_the_same_global_batch_for_any_number_of_ra
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_pass_over_the_data_trains_on_every_target_exactly_once(counting, size):
-    targets = [y for step in range(6) for rank in range(size) for _, y in train_batch(counting, step, plan(8), world(rank, size))]
+    targets = [y for step in range(6) for rank in range(size)
+               for _, y in train_batch(counting, step, plan(8), world(rank, size))]
     assert sorted(torch.cat(targets).flatten().tolist()) == list(range(192))
 
 
 @pytest.mark.parametrize("sequences, size, micro, expected", [
-    (8, 1, 4, 1), (8, 1, 8, 2), (8, 1, 12, 2), (8, 1, 16, 4), (8, 1, 10**6, 8), (8, 2, 10**6, 4), (8, 4, 10**6, 2), (8, 8, 10**6, 1),
-    (7, 1, 24, 1), (12, 2, 16, 3), (12, 2, 15, 3), (12, 2, 11, 2), (4096, 1, 0, 1024),
+    (8, 1, 4, 1), (8, 1, 8, 2), (8, 1, 12, 2), (8, 1, 16, 4), (8, 1, 10**6, 8), (8, 2, 10**6, 4), (8, 4, 10**6, 2),
+    (8, 8, 10**6, 1), (7, 1, 24, 1), (12, 2, 16, 3), (12, 2, 15, 3), (12, 2, 11, 2), (4096, 1, 0, 1024),
 ])
 def test_a_micro_batch_is_the_largest_equal_part_of_the_share_within_its_tokens(sequences, size, micro, expected):
     assert micro_batch_sequences(plan(sequences, micro=micro), world(0, size)) == expected
@@ -212,7 +213,8 @@ def contents(folder):
 
 
 def test_the_demo_corpus_holds_three_splits_and_their_tokenizer(demo):
-    assert set(contents(demo)) == {"tokenizer.model", *(f"fineweb_{split}_000000.bin" for split in ("train", "val", "test"))}
+    shards = {f"fineweb_{split}_000000.bin" for split in ("train", "val", "test")}
+    assert set(contents(demo)) == {"tokenizer.model"} | shards
     assert sentencepiece.SentencePieceProcessor(model_file=str(demo / "tokenizer.model")).vocab_size() == 1024
 
 
@@ -233,7 +235,8 @@ def test_no_demo_document_is_in_two_splits(demo):
         shards = Shards(demo, split, 1024)
         text = np.split(shards.take(0, len(shards)), np.flatnonzero(shards.take(0, len(shards)) == tg.BOS_ID)[1:])
         documents[split] = {tuple(document.tolist()) for document in text}
-    assert not documents["train"] & (documents["val"] | documents["test"]) and not documents["val"] & documents["test"]
+    train, val, test = documents.values()
+    assert not train & (val | test) and not val & test
 
 
 def test_the_demo_corpus_is_built_once(demo, monkeypatch):

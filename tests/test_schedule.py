@@ -1,8 +1,8 @@
 """The schedule: learning-rate scale, momentum and the end of a run, as numbers."""
 
 import pytest
-from hypothesis import given, strategies as st
-
+from hypothesis import given
+from hypothesis import strategies as st
 from train_gpt import Hyperparameters, finished, learning_rate_scale, momentum_at
 
 
@@ -10,7 +10,8 @@ def plan(iterations=10**9, iters=0, frac=1.0, cap=0.0):
     return Hyperparameters(iterations=iterations, warmdown_iters=iters, warmdown_frac=frac, max_wallclock_seconds=cap)
 
 
-@pytest.mark.parametrize("step, expected", [(0, 1), (50, 1), (80, 1), (81, 0.95), (90, 0.5), (99, 0.05), (100, 0), (150, 0)])
+@pytest.mark.parametrize("step, expected", [(0, 1), (50, 1), (80, 1), (81, 0.95), (90, 0.5), (99, 0.05), (100, 0),
+                                            (150, 0)])
 def test_without_a_cap_the_rate_falls_linearly_over_the_last_warmdown_steps(step, expected):
     assert learning_rate_scale(step, 0.0, plan(iterations=100, iters=20)) == pytest.approx(expected)
 
@@ -38,8 +39,8 @@ def test_under_a_cap_the_warmdown_lasts_its_steps_at_the_mean_speed_but_at_most_
 
 
 def test_a_run_that_reaches_its_last_step_before_the_cap_warms_down_to_that_step():
-    steps = [learning_rate_scale(step, 0.01 * step, plan(iterations=100, iters=20, frac=1.0, cap=600.0)) for step in (80, 90, 100)]
-    assert steps == pytest.approx([1, 0.5, 0])
+    s = plan(iterations=100, iters=20, frac=1.0, cap=600.0)
+    assert [learning_rate_scale(step, 0.01 * step, s) for step in (80, 90, 100)] == pytest.approx([1, 0.5, 0])
 
 
 def test_no_warmdown_keeps_the_rate_until_the_last_step():
@@ -71,12 +72,12 @@ def test_the_rate_is_0_at_the_last_step_and_behind_it(iterations, iters, frac, c
 
 
 @given(st.integers(0, 300), st.integers(0, 300), st.floats(0, 1), st.sampled_from([0.0, 50.0]), st.floats(0.01, 2))
-def test_at_any_steady_speed_the_rate_starts_at_1_stays_within_0_and_1_and_never_rises(iterations, iters, frac, cap, pace):
+def test_at_any_steady_speed_the_rate_starts_at_1_and_never_rises(iterations, iters, frac, cap, pace):
     s = plan(iterations, iters, frac, cap)
     end = iterations if not cap else min(iterations, int(cap / pace))
     rates = [learning_rate_scale(step, step * pace, s) for step in range(end)]
     assert all(0 <= rate <= 1 for rate in rates)
-    assert all(later <= rate + 1e-9 for rate, later in zip(rates, rates[1:]))
+    assert all(later <= rate + 1e-9 for rate, later in zip(rates, rates[1:], strict=False))
     assert not rates or rates[0] == 1
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-
 import train_gpt as tg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from train_gpt import Hyperparameters, UserError, from_env
 
 SCRIPT = Path(tg.__file__)
@@ -39,9 +39,11 @@ STUDY_A = dict(pair.split("=") for pair in """
 """.split())
 STUDY_B = dict(VOCAB_SIZE="1024", SEED="42", USE_MOS="1", MOS_K="2", MOS_RANK="64", MAX_WALLCLOCK_SECONDS="600",
                VAL_LOSS_EVERY="500", TRAIN_LOG_EVERY="100")
-TORCHRUN = """RANK LOCAL_RANK GROUP_RANK ROLE_RANK ROLE_NAME WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE
-    MASTER_ADDR MASTER_PORT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RUN_ID
+TORCHRUN = """RANK LOCAL_RANK GROUP_RANK ROLE_RANK ROLE_NAME WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE
+    ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RUN_ID
     TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_ERROR_FILE TORCH_NCCL_ASYNC_ERROR_HANDLING OMP_NUM_THREADS""".split()
+MACHINE = """PATH HOME USER SHELL LANG TERM PWD HOSTNAME PYTHONPATH CUDA_VISIBLE_DEVICES NCCL_DEBUG SLURM_JOB_ID
+    VIRTUAL_ENV TMPDIR LD_LIBRARY_PATH""".split()
 
 
 def env_of(text):
@@ -54,7 +56,8 @@ def text_of(value):
 
 def head_for(name):
     """The head that uses this setting, where it is a head's own."""
-    return {"HEAD_K": {"HEAD_TYPE": "mos"}, "HEAD_RANK": {"HEAD_TYPE": "mos"}, "HEAD_DIM": {"HEAD_TYPE": "simplex"}}.get(name, {})
+    head = {"HEAD_K": "mos", "HEAD_RANK": "mos", "HEAD_DIM": "simplex"}.get(name)
+    return {"HEAD_TYPE": head} if head else {}
 
 
 def refusal(env):
@@ -134,7 +137,8 @@ def test_a_number_outside_its_range_is_refused_with_a_bound_that_is_right(name, 
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("text", ["", " ", "x", "1e", "0x10", "nan", "inf", "-inf", "1e999", "9" * 400, "9" * 5000, "--1"])
+@pytest.mark.parametrize("text", ["", " ", "x", "1e", "0x10", "nan", "inf", "-inf", "1e999", "9" * 400, "9" * 5000,
+                                  "--1"], ids=lambda text: repr(text[:5]) + f" x {len(text)}" * (len(text) > 5))
 def test_what_is_no_finite_number_is_refused(name, text):
     assert refusal({name: text, **head_for(name)}).startswith(f"{name}={text}: must be ")
 
@@ -185,8 +189,7 @@ def test_only_1_allows_near_misses(allow):
     refusal({"HEAD_TPYE": "mos", "ALLOW_NEAR_MISSES": allow})
 
 
-@pytest.mark.parametrize("name", [*TORCHRUN, *"PATH HOME USER SHELL LANG TERM PWD HOSTNAME PYTHONPATH CUDA_VISIBLE_DEVICES "
-                                  "NCCL_DEBUG SLURM_JOB_ID VIRTUAL_ENV TMPDIR LD_LIBRARY_PATH".split()])
+@pytest.mark.parametrize("name", [*TORCHRUN, *MACHINE])
 def test_the_variables_of_torchrun_and_of_any_machine_are_no_near_misses(name):
     assert from_env({name: "1"}) == Hyperparameters()
 
@@ -231,9 +234,12 @@ HEADS = [
     ("HEAD_TYPE=standard RANK_DIM=0", dict(head_type="tied")),
     ("HEAD_TYPE=standard RANK_DIM=64", dict(head_type="factorized", head_rank=64)),
     ("HEAD_TYPE=standard RANK_DIM=128", dict(head_type="factorized", head_rank=128)),
-    ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=2 MIXTURE_RANK_DIM=64 RANK_DIM=0", dict(head_type="mos", head_k=2, head_rank=64)),
-    ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=4 MIXTURE_RANK_DIM=64 RANK_DIM=0", dict(head_type="mos", head_k=4, head_rank=64)),
-    ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=4 MIXTURE_RANK_DIM=128 RANK_DIM=0", dict(head_type="mos", head_k=4, head_rank=128)),
+    ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=2 MIXTURE_RANK_DIM=64 RANK_DIM=0",
+     dict(head_type="mos", head_k=2, head_rank=64)),
+    ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=4 MIXTURE_RANK_DIM=64 RANK_DIM=0",
+     dict(head_type="mos", head_k=4, head_rank=64)),
+    ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=4 MIXTURE_RANK_DIM=128 RANK_DIM=0",
+     dict(head_type="mos", head_k=4, head_rank=128)),
     ("HEAD_TYPE=simplex SIMPLEX_DIM=128 RANK_DIM=0", dict(head_type="simplex", head_dim=128)),
 ]
 
@@ -249,9 +255,10 @@ def test_study_b_s_command_gets_the_mixture_on_the_challenge_s_baseline():
     got = from_env(STUDY_B)
     assert got.preset == "pilot"
     expected = dict(
-        head_type="mos", head_k=2, head_rank=64, seed=42, vocab_size=1024, max_wallclock_seconds=600.0, val_loss_every=500,
-        train_log_every=100, num_layers=9, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=2, train_seq_len=1024,
-        train_batch_tokens=524288, warmdown_iters=1200, matrix_lr=0.04, scalar_lr=0.04, tied_embed_lr=0.05,
+        head_type="mos", head_k=2, head_rank=64, seed=42, vocab_size=1024, max_wallclock_seconds=600.0,
+        val_loss_every=500, train_log_every=100, num_layers=9, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=2,
+        train_seq_len=1024, train_batch_tokens=524288, warmdown_iters=1200, matrix_lr=0.04, scalar_lr=0.04,
+        tied_embed_lr=0.05,
         muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500, rope_dims=0, use_ema=False,
         xsa_last_n=0, smear_gate=False, bigram_hash=False, value_embed=False, late_qat=False, eval_stride=0,
         compress_algo="zlib", init_type="default", logit_softcap=30.0)
@@ -292,17 +299,21 @@ def test_an_alias_that_contradicts_another_variable_is_refused(env, named):
     assert named in refusal(env_of(env))
 
 
-@pytest.mark.parametrize("env", ["RANK_DIM=-1", "RANK_DIM=x", "RANK_DIM=", "RANK_DIM=6.4", "RANK_DIM=" + "9" * 400, "USE_MOS=2", "USE_MOS=",
-                                 "SKIP_COMPILE=2", "SKIP_COMPILE="])
+@pytest.mark.parametrize("env", ["RANK_DIM=-1", "RANK_DIM=x", "RANK_DIM=", "RANK_DIM=6.4", "RANK_DIM=" + "9" * 400,
+                                 "USE_MOS=2", "USE_MOS=", "SKIP_COMPILE=2", "SKIP_COMPILE="], ids=lambda env: env[:12])
 def test_a_published_variable_with_a_senseless_value_is_refused(env):
     assert refusal(env_of(env)).startswith(f"{env}: must be ")
 
 
-@pytest.mark.parametrize("env, named", [("USE_MOS=1 MOS_K=0", "MOS_K=0"), ("USE_MOS=1 MOS_RANK=x", "MOS_RANK=x"),
-                                        ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=65", "MIXTURE_SOFTMAX_K=65"),
-                                        ("HEAD_TYPE=mixture_softmax SIMPLEX_DIM=64", "SIMPLEX_DIM=64"),
-                                        ("HEAD_TYPE=standard MIXTURE_RANK_DIM=64", "MIXTURE_RANK_DIM=64"),
-                                        ("RANK_DIM=65537", "RANK_DIM=65537"), ("HEAD_TYPE=standrd", "HEAD_TYPE=standrd")])
+@pytest.mark.parametrize("env, named", [
+    ("USE_MOS=1 MOS_K=0", "MOS_K=0"),
+    ("USE_MOS=1 MOS_RANK=x", "MOS_RANK=x"),
+    ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=65", "MIXTURE_SOFTMAX_K=65"),
+    ("HEAD_TYPE=mixture_softmax SIMPLEX_DIM=64", "SIMPLEX_DIM=64"),
+    ("HEAD_TYPE=standard MIXTURE_RANK_DIM=64", "MIXTURE_RANK_DIM=64"),
+    ("RANK_DIM=65537", "RANK_DIM=65537"),
+    ("HEAD_TYPE=standrd", "HEAD_TYPE=standrd"),
+])
 def test_a_wrong_value_is_reported_under_the_name_that_the_user_wrote(env, named):
     assert re.search(rf"(?<![A-Z_]){named}(?![0-9])", refusal(env_of(env)))
 
@@ -377,22 +388,26 @@ def test_settings_that_do_not_fit_together_are_refused(env, named, words):
     assert words in message
 
 
-@pytest.mark.parametrize("env", ["EVAL_STRIDE=2048", "EVAL_STRIDE=0", "ROPE_DIMS=64", "ROPE_DIMS=0", "ROPE_DIMS=2 USE_NTK_ROPE=0",
-                                 "VE_LAYERS=0,10", "NUM_LAYERS=1 VALUE_EMBED=0 XSA_LAST_N=1", "XSA_LAST_N=11", "NUM_KV_HEADS=8",
-                                 "NUM_KV_HEADS=1", "TRAIN_BATCH_TOKENS=2048", "HEAD_TYPE=mos HEAD_K=4 HEAD_RANK=8",
-                                 "HEAD_TYPE=factorized HEAD_RANK=8", "HEAD_TYPE=simplex HEAD_DIM=8", "RUN_ID=mos-42_a.b"])
+@pytest.mark.parametrize("env", [
+    "EVAL_STRIDE=2048", "EVAL_STRIDE=0", "ROPE_DIMS=64", "ROPE_DIMS=0", "ROPE_DIMS=2 USE_NTK_ROPE=0", "VE_LAYERS=0,10",
+    "NUM_LAYERS=1 VALUE_EMBED=0 XSA_LAST_N=1", "XSA_LAST_N=11", "NUM_KV_HEADS=8", "NUM_KV_HEADS=1",
+    "TRAIN_BATCH_TOKENS=2048", "HEAD_TYPE=mos HEAD_K=4 HEAD_RANK=8", "HEAD_TYPE=factorized HEAD_RANK=8",
+    "HEAD_TYPE=simplex HEAD_DIM=8", "RUN_ID=mos-42_a.b",
+])
 def test_settings_at_the_edge_of_fitting_are_accepted(env):
     from_env(env_of(env))
 
 
-@pytest.mark.parametrize("run_id", ["a/b", "/tmp/a", "../a", "..", ".", "a b", "a\n", "a\\b", "a\0b", "x" * 201, "\u00e9" * 200])
+@pytest.mark.parametrize("run_id", ["a/b", "/tmp/a", "../a", "..", ".", "a b", "a\n", "a\\b", "a\0b", "x" * 256,
+                                    "\u00e9" * 200])
 def test_a_run_id_that_is_no_plain_folder_name_is_refused(run_id):
     assert refusal({"RUN_ID": run_id}).startswith("RUN_ID=")
 
 
 KNOWN = [*FIELDS, *tg.PUBLISHED_CONSTANTS, *tg.ALIASES, "RANK_DIM", "USE_MOS", "SKIP_COMPILE"]
 VALUES = st.one_of(st.text(max_size=12), st.integers(-3, 3000).map(str), st.floats().map(str), st.sampled_from(
-    ["0", "1", "2", "64", "9" * 400, "9" * 5000, "1_0", "\u0663", "1e400", "-0", "nan", "demo", "mos", "tied", "pilot", "eval", "5,3"]))
+    ["0", "1", "2", "64", "9" * 400, "9" * 5000, "1_0", "\u0663", "1e400", "-0", "nan", "demo", "mos", "tied", "pilot",
+     "eval", "5,3"]))
 
 
 @settings(max_examples=1500, deadline=None)
@@ -436,7 +451,7 @@ def test_a_mistake_ends_the_program_with_code_2_and_one_line_on_standard_error(r
 
 
 def test_importing_has_no_side_effect_and_needs_no_optional_package(run, tmp_path):
-    code = ("import sys; sys.modules.update(dict.fromkeys(['zstandard', 'triton', 'flash_attn_interface', 'flash_attn']));"
+    code = ("import sys; sys.modules.update(dict.fromkeys(['zstandard', 'triton', 'flash_attn_interface']));"
             "import os; before = dict(os.environ); import train_gpt, torch; assert dict(os.environ) == before;"
             "assert not torch.distributed.is_initialized()")
     env = dict(PYTHONPATH=str(SCRIPT.parent), PYTHONDONTWRITEBYTECODE="1", HEAD_TYPE="nonsense", SEED="x", RANK="x")
@@ -467,9 +482,10 @@ def test_the_script_is_pure_ascii():
 
 
 def python_310():
-    homes = {os.environ.get("PYENV_ROOT", ""), os.path.expanduser("~/.pyenv")} - {""}
-    found = [shutil.which("python3.10"), *(path for home in sorted(homes) for path in sorted(glob.glob(f"{home}/versions/3.10.*/bin/python")))]
-    for path in filter(None, found):
+    """The path of a CPython 3.10 that runs (a pyenv shim may not), or None."""
+    homes = [os.environ.get("PYENV_ROOT", ""), os.path.expanduser("~/.pyenv")]
+    pyenvs = [path for home in filter(None, homes) for path in sorted(glob.glob(f"{home}/versions/3.10.*/bin/python"))]
+    for path in filter(None, [shutil.which("python3.10"), *pyenvs]):
         probe = subprocess.run([path, "-c", "import sys; print(sys.version_info[:2])"], capture_output=True, text=True)
         if probe.stdout.strip() == "(3, 10)":
             return path
