@@ -72,7 +72,7 @@ class Hyperparameters:
     preset: str = setting("study", "set of defaults: study A's stack, study B's baseline, a small CPU model",
                           choices=("study", "pilot", "demo"))
     run_id: str = setting("", "folder under runs/; empty: time, head and seed")
-    seed: int = setting(1337, "seed of the initial weights", 0, 2**63 - 1)
+    seed: int = setting(1337, "seed of the initial weights", 0, 2**32 - 1)
     author: str = setting("", "author named in submission.json")
     github_id: str = setting("", "GitHub account named in submission.json")
     allow_near_misses: bool = setting(False, "accept variables that look like misspelt settings")
@@ -191,11 +191,11 @@ def from_env(environ: Mapping[str, str] | None = None, defaults: Mapping[str, ob
     environ = dict(os.environ if environ is None else environ)
     reject_unknown(environ)
     given = translate(environ)
-    preset = given.get("PRESET") or ("demo" if given.get("DATA_PATH") == "demo" else
-                                     "pilot" if any(name in environ for name in STUDY_B) else "study")
-    explicit = {fields()[name].name: parse(name, text) for name, text in {**given, "PRESET": preset}.items()}
+    implied = "demo" if environ.get("DATA_PATH") == "demo" else "pilot" if any(name in environ for name in STUDY_B) else "study"
+    given.setdefault("PRESET", ("PRESET", implied))
+    explicit = {fields()[name].name: parse(name, text, source) for name, (source, text) in given.items()}
     small = CPU_BENCH if explicit.get("mode") == "bench" and not torch.cuda.is_available() else {}
-    settings = Hyperparameters(**{**PRESETS[preset], **small, **(defaults or {}), **explicit})
+    settings = Hyperparameters(**{**PRESETS[explicit["preset"]], **small, **(defaults or {}), **explicit})
     if settings.mode != "eval" or defaults:  # before the artifact is read, its architecture is not known
         check(settings, given)
     return settings
@@ -211,28 +211,32 @@ def reject_unknown(environ: Mapping[str, str]) -> None:
         if environ.get(name, value) != value and not unused:
             raise UserError(f"{name}={environ[name]}: only {name}={value} is implemented; leave it unset")
 
-def translate(environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings among the variables, both studies' names translated into ours; UserError for a contradiction."""
-    given = {name: environ[name] for name in fields() if name in environ}
-    switch = {name: convert(name, environ.get(name, "0"), kind) for name, kind in SWITCHES.items()}
-    if given.get("HEAD_TYPE") in STUDY_HEADS:
-        given["HEAD_TYPE"] = STUDY_HEADS[given["HEAD_TYPE"]]
+def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """The settings among the variables, as (the variable that says it, its text), both studies' names translated into ours.
+    Raises UserError for a contradiction."""
+    given = {name: (name, environ[name]) for name in fields() if name in environ}
+    head = environ.get("HEAD_TYPE", "standard")
+    rank, mixed, eager = (convert(name, environ.get(name, "0"), kind) for name, kind in SWITCHES.items())
 
-    def put(source: str, name: str, value: str) -> None:
-        if given.setdefault(name, value) != value:
-            raise UserError(f"{source}={environ[source]}: contradicts {name}={given[name]}; set only one of them")
+    def put(source: str, name: str, text: str) -> None:
+        if given.setdefault(name, (source, text))[1] != text:
+            raise UserError(f"{source}={environ[source]}: contradicts {given[name][0]}={environ[given[name][0]]}; set only one")
 
-    if switch["RANK_DIM"] > 0:
-        if environ.get("HEAD_TYPE", "standard") != "standard":
-            raise UserError(f"RANK_DIM={environ['RANK_DIM']}: belongs to HEAD_TYPE=standard; leave it unset or 0")
-        given["HEAD_TYPE"] = "factorized"
+    if head in STUDY_HEADS and "HEAD_TYPE" in environ:
+        given["HEAD_TYPE"] = ("HEAD_TYPE", STUDY_HEADS[head])
+    if rank < 0 or rank > 0 and head != "standard":
+        raise UserError(f"RANK_DIM={rank}: must be 0 or unset, or above 0 with HEAD_TYPE=standard (factorized)")
+    if rank:
+        given["HEAD_TYPE"] = ("RANK_DIM", "factorized")
         put("RANK_DIM", "HEAD_RANK", environ["RANK_DIM"])
-    if switch["USE_MOS"]:
-        put("USE_MOS", "HEAD_TYPE", "mos")
-    if switch["SKIP_COMPILE"]:
+    if environ.get("USE_MOS") != "0":
+        for source in STUDY_B:
+            if source in environ:
+                put(source, "HEAD_TYPE", "mos")
+    if eager:
         put("SKIP_COMPILE", "COMPILE", "0")
     for alias, name in ALIASES.items():
-        if alias in environ and (switch["USE_MOS"] or alias not in STUDY_B):
+        if alias in environ and (mixed or alias not in STUDY_B or "USE_MOS" not in environ):
             put(alias, name, environ[alias])
     return given
 
@@ -246,24 +250,24 @@ def convert(name: str, text: str, kind: str):
         value = dict(bool=lambda t: t == "1", int=int, float=float)[kind](text)
     except ValueError:
         raise UserError(f"{name}={text}: must be {'a whole number' if kind == 'int' else 'a number'}") from None
-    if not math.isfinite(value):
+    if kind == "float" and not math.isfinite(value):
         raise UserError(f"{name}={text}: must be finite")
     return value
 
-def parse(name: str, text: str):
-    """The typed value of one setting; UserError outside its range or its choices."""
-    field = fields()[name]
+def parse(name: str, text: str, source: str = ""):
+    """The typed value of one setting; UserError, naming the variable that it came from, outside its range or choices."""
+    field, source = fields()[name], source or name
     low, high = field.metadata["low"], field.metadata["high"]
     choices = tuple(HEADS) if name == "HEAD_TYPE" else field.metadata["choices"]
     if choices and text not in choices:
         near = difflib.get_close_matches(text, choices, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{name}={text}: must be one of {', '.join(choices)}{hint}")
-    value = convert(name, text, field.type)
+        raise UserError(f"{source}={text}: must be one of {', '.join(choices)}{hint}")
+    value = convert(source, text, field.type)
     if low is not None and value < low:
-        raise UserError(f"{name}={text}: must be at least {low:g}")
+        raise UserError(f"{source}={text}: must be at least {low}")
     if high is not None and value > high:
-        raise UserError(f"{name}={text}: must be at most {high:g}")
+        raise UserError(f"{source}={text}: must be at most {high}")
     return value
 
 def value_layers(settings: Hyperparameters) -> tuple[int, ...]:
@@ -276,7 +280,7 @@ def value_layers(settings: Hyperparameters) -> tuple[int, ...]:
                         " commas, as in 9,10; or set VALUE_EMBED=0")
     return tuple(sorted({int(text) for text in texts}))
 
-def check(s: Hyperparameters, given: Mapping[str, str]) -> None:
+def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
     """What must hold between settings; raises UserError."""
     def need(true: object, name: str, remedy: str) -> None:
         if not true:
@@ -290,19 +294,21 @@ def check(s: Hyperparameters, given: Mapping[str, str]) -> None:
     need((s.rope_dims or channels) > 2 or not s.use_ntk_rope, "ROPE_DIMS", "rotate more than 2 channels with USE_NTK_ROPE=1")
     value_layers(s)
     need(s.train_batch_tokens % s.train_seq_len == 0, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={s.train_seq_len}")
+    need(s.micro_batch_tokens == 0 or s.micro_batch_tokens >= s.train_seq_len, "MICRO_BATCH_TOKENS",
+         f"be 0 or hold a sequence, TRAIN_SEQ_LEN={s.train_seq_len}")
     need(s.eval_stride <= s.train_seq_len, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={s.train_seq_len}")
     need(s.run_id == "" or re.fullmatch(r"[\w.-]{1,200}", s.run_id, re.ASCII) and s.run_id.strip("."), "RUN_ID",
          "be a folder name of letters, digits, '.', '_' and '-'")
     for name in ("head_k", "head_rank", "head_dim"):
         users = [head for head, cls in HEADS.items() if name in cls.uses]
-        need(name.upper() not in given or s.head_type in users, name.upper(),
-             f"be left unset with HEAD_TYPE={s.head_type}, which does not use it ({', '.join(users)} does)")
+        if name.upper() in given and s.head_type not in users:
+            source, text = given[name.upper()]
+            raise UserError(f"{source}={text}: HEAD_TYPE={s.head_type} does not use it ({', '.join(users)} does); leave it unset")
 
 # ---- World: one process or torchrun's many; with one, communication is skipped --------------------------------------
 
 class World:
     """Rank, size and device; the few collectives that the program needs; the signals that ask it to stop."""
-
     def __init__(self) -> None:
         self.rank, self.size, self.local_rank = (convert(name, os.environ.get(name, default), "int") for name, default in
                                                  (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
@@ -318,7 +324,11 @@ class World:
             torch.cuda.set_device(self.device)
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
+            try:
+                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"WORLD_SIZE={self.size}: the ranks cannot meet ({error}); start them with torchrun,"
+                                " or unset WORLD_SIZE") from None
 
         def receive(number: int, frame: object) -> None:
             self.signal = number
@@ -397,23 +407,29 @@ def write_shard(path: Path, tokens: list[int]) -> None:
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     write_whole(path, header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, an operating system's error becomes a UserError about this path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free the disk or use another folder") from None
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write under a temporary name, sync and rename: the file is there whole or not at all. UserError if it cannot be."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(partial, "wb") as out:
+        with writing(path), open(partial, "wb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
-        partial.replace(path)
-    except OSError as error:
+            partial.replace(path)
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free the disk or use another folder") from None
 
 class Shards:
     """All tokens of one split as one endless sequence: after the last token comes the first again."""
-
     def __init__(self, folder: Path, split: str, vocab_size: int) -> None:
         if not folder.is_dir():
             raise UserError(f"DATA_PATH={folder}: no such folder; see README for the data, or use DATA_PATH=demo")
@@ -493,11 +509,9 @@ def demo_documents() -> list[str]:
 def build_demo(folder: Path, vocab_size: int) -> None:
     """Write train, val and test shards and a BPE tokenizer (byte fallback) to `folder`, once, under a lock."""
     import fcntl
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); run in a writable folder") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / "tokenizer.model").exists():  # written last
@@ -506,10 +520,13 @@ def build_demo(folder: Path, vocab_size: int) -> None:
         for i, text in enumerate(demo_documents()):
             splits[{0: "val", 1: "test"}.get(i % 25, "train")].append(text)
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in splits["train"] for line in text.splitlines() if line.strip()),
-            model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True, character_coverage=0.999,
-            add_dummy_prefix=False, pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3, num_threads=1, minloglevel=2)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(line for text in splits["train"] for line in text.splitlines() if line.strip()),
+                model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True, character_coverage=0.999,
+                add_dummy_prefix=False, pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3, num_threads=1, minloglevel=2)
+        except RuntimeError:
+            raise UserError(f"VOCAB_SIZE={vocab_size}: the demo's text does not fit that many tokens; use 1024") from None
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         for split, texts in splits.items():
             tokens = [token for ids in processor.encode(texts) for token in (BOS_ID, *ids)]
@@ -517,29 +534,23 @@ def build_demo(folder: Path, vocab_size: int) -> None:
         write_whole(folder / "tokenizer.model", model.getvalue())
 
 def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
-    """Settings with DATA_PATH=demo replaced by the cached corpus; rank 0 builds it where it is missing."""
+    """Settings with DATA_PATH=demo replaced by the cached corpus; a rank of each node builds it where it is missing."""
     if settings.data_path != "demo":
         return settings
     folder = Path("data/demo")
-    world.agree(build_demo(folder, settings.vocab_size) if world.rank == 0 else None)
+    if world.local_rank == 0:
+        build_demo(folder, settings.vocab_size)
+    world.agree(None)  # the others wait
     return dataclasses.replace(settings, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
 
 # ---- Byte counts: how many UTF-8 bytes of text each token stands for ------------------------------------------------
 
-@dataclasses.dataclass(frozen=True)
-class ByteCounts:
-    """UTF-8 bytes of each token inside a document and at its start, as SentencePiece itself decodes them.
-    The sum over a document's tokens is the length of its decoded text: its first piece loses its leading space."""
-    inner_V: Tensor
-    first_V: Tensor
-    control_V: Tensor
-
-    def __call__(self, before_N: Tensor, token_N: Tensor) -> Tensor:
-        """Bytes (int64) of each token, given the token before it."""
-        return torch.where(self.control_V[before_N], self.first_V[token_N], self.inner_V[token_N])
+ByteCounts = Callable[[Tensor, Tensor], Tensor]  # (token before, token) -> bytes, int64, of any one shape
 
 def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteCounts:
-    """The table of a SentencePiece model; UserError if it is missing, corrupt or of another vocabulary size."""
+    """UTF-8 bytes of a token, given the token before it, as SentencePiece itself decodes them: the sum over a document
+    is the length of its decoded text, whose first piece loses its leading space.
+    Raises UserError for a model that is missing, corrupt or of another vocabulary size."""
     if not path.is_file():
         raise UserError(f"TOKENIZER_PATH={path}: no such file")
     try:
@@ -553,13 +564,14 @@ def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteC
     regular = [i for i in ids if not (control[i] or processor.is_byte(i) or processor.is_unknown(i))]
     anchor = max(regular, key=lambda i: len(processor.decode([i])))  # any piece that decodes to visible text
 
-    def counts(prefix: list[int]) -> Tensor:
+    def sizes(prefix: list[int]) -> list[int]:
         base = len(processor.decode(prefix).encode())
         texts = processor.decode([[*prefix, i] for i in ids])
-        sizes = [0 if control[i] else 1 if processor.is_byte(i) else len(texts[i].encode()) - base for i in ids]
-        return torch.tensor(sizes, dtype=torch.int64, device=device)
+        return [0 if control[i] else 1 if processor.is_byte(i) else len(texts[i].encode()) - base for i in ids]
 
-    return ByteCounts(counts([anchor]), counts([]), torch.tensor(control, device=device))
+    inside_or_first_2V = torch.tensor([sizes([anchor]), sizes([])], dtype=torch.int64, device=device)
+    control_V = torch.tensor(control, dtype=torch.int64, device=device)
+    return lambda before, token: inside_or_first_2V[control_V[before], token]
 
 def unigram_bpb(train: Shards, val_N: Tensor, byte_counts: ByteCounts) -> float:
     """Bits per byte of add-one unigram frequencies of the train split's start: the mark that any model must beat."""
@@ -583,7 +595,6 @@ class Linear(nn.Linear):
     """Matrix product in the input's dtype, with float32 master weights and no bias.
     INIT_TYPE=ortho: orthogonal, times 1 / sqrt(2 L) where the output joins the residual stream; `default`: PyTorch's
     own, zero where it joins the stream. `scale` multiplies the output channels (folded into the weight)."""
-
     def __init__(self, settings: Hyperparameters, n_in: int, n_out: int, residual: bool = False) -> None:
         super().__init__(n_in, n_out, bias=False)
         if settings.init_type == "ortho":
@@ -597,7 +608,6 @@ class Linear(nn.Linear):
 
 class Rotary(nn.Module):
     """Rotary position embedding of the first ROPE_DIMS channels (Su et al. 2021), NTK-aware base above 1,024 tokens."""
-
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
         self.dims = settings.rope_dims or settings.model_dim // settings.num_heads
@@ -632,7 +642,6 @@ def attention_kernel(settings: Hyperparameters) -> Callable[[Tensor, Tensor, Ten
 
 class Attention(nn.Module):
     """Grouped-query attention with RMS-normed queries and keys; `exclusive` removes each token's own value direction."""
-
     def __init__(self, settings: Hyperparameters, rotary: Rotary, exclusive: bool) -> None:
         super().__init__()
         D, self.H, self.G = settings.model_dim, settings.num_heads, settings.num_kv_heads
@@ -664,7 +673,6 @@ def exclude_own_value(y_BTHC: Tensor, v_BTGC: Tensor) -> Tensor:
 
 class MLP(nn.Module):
     """relu^2 MLP (So et al. 2021)."""
-
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
         hidden = settings.mlp_mult * settings.model_dim
@@ -676,7 +684,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Mix with the first stream x0, then attention, then MLP, each behind a norm and a scale per channel."""
-
     def __init__(self, settings: Hyperparameters, layer: int, rotary: Rotary) -> None:
         super().__init__()
         D = settings.model_dim
@@ -695,7 +702,6 @@ class Block(nn.Module):
 
 class SmearGate(nn.Module):
     """(1 - g) x_t + g x_{t-1}, g = sigmoid per channel; nothing crosses into a document (BOS) or a sequence."""
-
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(settings.model_dim))
@@ -707,7 +713,6 @@ class SmearGate(nn.Module):
 class BigramHash(nn.Module):
     """Embedding of the hashed pair (x_{t-1}, x_t), projected to the width, with one factor a layer.
     The last row stands for positions without a predecessor (the first of a sequence or of a document)."""
-
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
         self.table = nn.Embedding(settings.bigram_vocab_size, settings.bigram_dim)
@@ -725,7 +730,6 @@ class BigramHash(nn.Module):
 
 class ValueEmbedding(nn.Module):
     """Token embedding added to the attention values of some layers, with one scale a layer."""
-
     def __init__(self, settings: Hyperparameters, count: int) -> None:
         super().__init__()
         self.table = nn.Embedding(settings.vocab_size, settings.ve_dim)
@@ -742,7 +746,6 @@ class GPT(nn.Module):
     """The model: U-Net of blocks over token embeddings, and one output head.
     Called with tokens x_BT and targets y_BT (int64) it returns the mean negative log-likelihood in nats, a scalar.
     `compute_dtype` is that of activations and matrix products; None: the weights' own."""
-
     def __init__(self, settings: Hyperparameters, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         L, D = settings.num_layers, settings.model_dim
@@ -753,7 +756,7 @@ class GPT(nn.Module):
         self.bigram = BigramHash(settings) if settings.bigram_hash else None
         rotary = Rotary(settings)
         self.blocks = nn.ModuleList(Block(settings, layer, rotary) for layer in range(L))
-        self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
+        self.skip_weights = nn.Parameter(torch.ones(L // 2, D)) if L > 1 else None
         self.value_layers = value_layers(settings)
         self.value_embed = ValueEmbedding(settings, len(self.value_layers)) if self.value_layers else None
         self.head = HEADS[settings.head_type](settings)
@@ -805,6 +808,7 @@ class Head(nn.Module):
 
     uses: tuple[str, ...] = ()
     roles: Mapping[str, str] = {}
+    products_with_E = 1  # how often it multiplies by E: its FLOPs beside those of its own parameters
 
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
@@ -827,17 +831,12 @@ class Head(nn.Module):
         """Normalised log-probabilities of the whole vocabulary in nats, NxV."""
         return F.log_softmax(self.logits(h_ND, x_N, E_VD), dim=-1)
 
-    def macs(self, D: int, V: int) -> int:
-        """Multiply-accumulates of one token's logits; those of E h by default."""
-        return V * D
-
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in the dtype of x."""
     return F.linear(x, weight.to(x.dtype))
 
 class Tied(Head):
     """cap(E h) (Press and Wolf 2017)."""
-
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(h_ND, E_VD))
 
@@ -846,6 +845,7 @@ class Factorized(Head):
 
     uses = ("head_rank",)
     roles = dict(A_RD="matrix", C_VR="vocab", g="scalar")
+    products_with_E = 0
 
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__(settings)
@@ -857,14 +857,12 @@ class Factorized(Head):
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(project(h_ND, self.A_RD), self.C_VR * self.g))
 
-    def macs(self, D: int, V: int) -> int:
-        return self.A_RD.numel() + self.C_VR.numel()
-
 class Simplex(Head):
     """cap(g C s) with s = M softmax(S h) - 1, a point of the simplex centred and scaled (study A, H6, made trainable)."""
 
     uses = ("head_dim",)
     roles = dict(S_MD="matrix", C_VM="vocab", g="scalar")
+    products_with_E = 0
 
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__(settings)
@@ -879,9 +877,6 @@ class Simplex(Head):
         s_NM = corners * torch.softmax(at_least_fp32(project(h_ND, self.S_MD)), dim=-1) - 1
         return self.cap(project(s_NM.to(h_ND.dtype), self.C_VM * self.g))
 
-    def macs(self, D: int, V: int) -> int:
-        return self.S_MD.numel() + self.C_VM.numel()
-
 class MixtureOfSoftmaxes(Head):
     """log sum_k pi_k softmax(cap(E (h + U_k V_k h))), pi = softmax(G h + b) (Yang et al. 2018; tied, low-rank).
     U = 0 starts all components at the tied head; independent V_k let their gradients differ from the first step.
@@ -893,6 +888,7 @@ class MixtureOfSoftmaxes(Head):
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__(settings)
         K, D, R = settings.head_k, settings.model_dim, settings.head_rank
+        self.products_with_E = K
         self.U_KDR = nn.Parameter(torch.zeros(K, D, R))
         self.V_KRD = nn.Parameter(torch.randn(K, R, D) / D ** 0.5)
         self.gate_KD = nn.Parameter(torch.zeros(K, D)) if K > 1 else None
@@ -919,9 +915,6 @@ class MixtureOfSoftmaxes(Head):
         parts_KNV = torch.stack([F.log_softmax(self.component_logits(h_ND, E_VD, U, V), dim=-1)
                                  for U, V in zip(self.U_KDR, self.V_KRD)])
         return torch.logsumexp(self.log_pi(h_ND).T[..., None] + parts_KNV, dim=0)
-
-    def macs(self, D: int, V: int) -> int:
-        return self.U_KDR.numel() + self.V_KRD.numel() + self.U_KDR.size(0) * V * D
 
 HEADS: dict[str, type[Head]] = dict(tied=Tied, factorized=Factorized, mos=MixtureOfSoftmaxes, simplex=Simplex)
 
@@ -962,7 +955,6 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), with decoupled weight decay.
     Matrices of one shape are one group and one batch, split over the ranks; a parameter of 3 dimensions is a stack of
     matrices. Gradients must be the same on every rank. At constant momentum it equals torch.optim.Muon."""
-
     def __init__(self, params: list[nn.Parameter], world: World, dtype: torch.dtype, **defaults: float) -> None:
         self.world, self.dtype = world, dtype
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
@@ -1024,7 +1016,6 @@ def update_average(average: list[Tensor], parameters: list[Tensor], step: int, a
 
 def learning_rate_scale(step: int, seconds: float, s: Hyperparameters) -> float:
     """1, then linear to 0 over min(WARMDOWN_ITERS steps, WARMDOWN_FRAC of the run), by whichever end comes first."""
-
     def ramp(remaining: float, length: float) -> float:
         return min(1.0, max(remaining, 0.0) / length) if length > 0 else 1.0
 
@@ -1059,10 +1050,9 @@ def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int,
         index = starts_B[:, None] + torch.arange(T + 1, device=world.device)
         sequence = tokens_N[index.clamp(max=end - 1)]
         x, y = sequence[:, :-1], sequence[:, 1:]
-        inside = (index[:, 1:] < end)[:, -scored:]  # positions beyond the end are never scored
-        losses = nll(x, y, scored)[inside].double()
-        total += torch.stack((losses.sum(), byte_counts(x[:, -scored:][inside], y[:, -scored:][inside]).sum().double(),
-                              inside.sum().double()))
+        inside = (index[:, 1:] < end)[:, -scored:].double()  # positions beyond the end are never scored
+        text_bytes = byte_counts(x[:, -scored:], y[:, -scored:])
+        total += torch.stack(((nll(x, y, scored) * inside).sum(), (text_bytes * inside).sum(), inside.sum()))
     nats, text_bytes, count = world.sum(total).tolist()
     return nats / count, nats / math.log(2) / text_bytes
 
@@ -1091,9 +1081,13 @@ MAGIC = b"GPTHEAD1"  # magic and version; then SHA-256 of the rest, header lengt
 FINER = 8.0  # vocabulary-side matrices are the most sensitive: their step is this much finer, in 16 bits
 KINDS = dict(int8=torch.int8, int16=torch.int16, float16=torch.float16, float32=torch.float32)
 
+def is_matrix(weight: Tensor) -> bool:
+    """Matrices and stacks of them are rounded; vectors and the few rows of scales are not."""
+    return weight.ndim >= 2 and min(weight.shape[-2:]) >= 16
+
 def kind_of(weight: Tensor, role: str) -> str:
-    """How a tensor is stored: matrices as integers on a grid, vectors and the few rows of scales as floats."""
-    if weight.ndim >= 2 and min(weight.shape[-2:]) >= 16:
+    """How a tensor is stored: integers on a grid for a matrix, floats for the rest."""
+    if is_matrix(weight):
         return "int16" if role in ("embed", "vocab") else "int8"
     return "float16" if weight.abs().max() < 65504 else "float32"
 
@@ -1103,9 +1097,9 @@ def to_grid(weight: Tensor, kind: str, step: float) -> tuple[Tensor, Tensor]:
     type, whichever is coarser; step = 0 is plain absmax rounding."""
     levels, step = (32767, step / FINER) if kind == "int16" else (127, step)
     rows = weight.detach().float().flatten(0, -2)
-    rms = rows.square().mean(dim=1, keepdim=True).sqrt()
-    scale = torch.maximum(rms * step, rows.abs().amax(dim=1, keepdim=True) / levels)
-    scale = scale.clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
+    rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64) / rows.size(1) ** 0.5
+    largest = rows.abs().amax(dim=1, keepdim=True) / (levels - levels // 256)  # bfloat16 may round it down by 1 / 512
+    scale = torch.maximum((rms * step).float(), largest).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
     return (rows / scale.float()).round_().clamp_(-levels, levels), scale
 
 def on_grid(weight: Tensor, kind: str, step: float) -> Tensor:
@@ -1117,8 +1111,7 @@ def on_grid(weight: Tensor, kind: str, step: float) -> Tensor:
 def rounded_weights(model: GPT, roles: Mapping[str, str], step: float | None) -> Iterator[None]:
     """Inside, the model's matrices lie on the export's grid, so gradients are taken there (late QAT, straight-through).
     step None: nothing happens."""
-    kinds = {} if step is None else {name: kind_of(p, roles[name]) for name, p in model.named_parameters()}
-    chosen = [(p, kinds[name]) for name, p in model.named_parameters() if kinds.get(name, "").startswith("int")]
+    chosen = [(p, kind_of(p, roles[name])) for name, p in model.named_parameters() if step is not None and is_matrix(p)]
     masters = [p.detach().clone() for p, _ in chosen]
     try:
         with torch.no_grad():
@@ -1140,16 +1133,19 @@ def from_planes(raw: bytes, kind: torch.dtype) -> Tensor:
     return parts.T.contiguous().flatten().view(kind)
 
 def compress(raw: bytes, codec: str) -> bytes:
-    """Entropy coding: rounded weights hold no repeats, so deflate runs Huffman-only, still readable by any inflater."""
+    """Entropy coding: rounded weights hold no repeats, and higher levels that look for them code worse. So deflate runs
+    Huffman-only (any inflater reads it), zstd at level 1."""
     if codec == "zstd":
-        return zstd().ZstdCompressor(level=9).compress(raw)
+        return zstd().ZstdCompressor(level=1).compress(raw)
     deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
     return deflate.compress(raw) + deflate.flush()
 
 def decompress(packed: bytes, codec: str, size: int) -> bytes:
     """Exactly `size` bytes, never allocating more than one beyond; ValueError for anything else."""
     if codec == "zstd":
-        raw = zstd().ZstdDecompressor().stream_reader(packed).read(size + 1)
+        if zstd().frame_content_size(packed) != size:
+            raise ValueError("the payload has another size than its tensors")
+        raw = zstd().ZstdDecompressor().decompress(packed, allow_extra_data=False)
     else:
         inflate = zlib.decompressobj()
         raw = inflate.decompress(packed, size + 1)
@@ -1176,7 +1172,7 @@ def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hype
     tensors, integers, floats = [], [], []
     for name, weight in state.items():
         kind = kind_of(weight, roles[name])
-        if kind.startswith("int"):
+        if is_matrix(weight):
             grid, scale = to_grid(weight, kind, step)
             integers.append(planes(grid.to(KINDS[kind])))
             floats.append(planes(scale))
@@ -1208,12 +1204,11 @@ def entropy_bytes(state: Mapping[str, Tensor], roles: Mapping[str, str], step: f
     """The artifact's size by the order-0 entropy of each tensor's integers: good to about 1%, and fast on any device."""
     total = 0.0
     for name, weight in state.items():
-        kind = kind_of(weight, roles[name])
-        if kind.startswith("int"):
-            integers = to_grid(weight, kind, step)[0].to(torch.int32).flatten()
+        if is_matrix(weight):
+            integers = to_grid(weight, kind_of(weight, roles[name]), step)[0].to(torch.int32).flatten()
             p = torch.bincount(integers - integers.min()).double() / integers.numel()
             total -= integers.numel() * torch.special.xlogy(p, p).sum().item() / math.log(256)
-        total += 2 * (weight.numel() // weight.shape[-1] if kind.startswith("int") else weight.numel())
+        total += 2 * (weight.numel() // weight.shape[-1] if is_matrix(weight) else weight.numel())
     return int(total)
 
 def pack(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, limit: int) -> tuple[bytes, float]:
@@ -1225,8 +1220,8 @@ def pack(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperp
 def describe_packing(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float) -> Iterator[str]:
     """A log line for each role with matrices: parameters, bytes a parameter, relative squared error."""
     for role in dict.fromkeys(roles.values()):
-        weights = [(weight.detach().float().cpu(), kind_of(weight, role)) for name, weight in state.items() if roles[name] == role]
-        weights = [(weight, kind) for weight, kind in weights if kind.startswith("int")]
+        weights = [(weight.detach().float().cpu(), kind_of(weight, role)) for name, weight in state.items()
+                   if roles[name] == role and is_matrix(weight)]
         if weights:
             raw = b"".join(planes(to_grid(weight, kind, step)[0].to(KINDS[kind])) for weight, kind in weights)
             count = sum(weight.numel() for weight, _ in weights)
@@ -1256,6 +1251,8 @@ def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
     settings = {name: parse(name.upper(), str(int(value) if isinstance(value, bool) else value))
                 for name, value in header["settings"].items() if fields()[name.upper()].metadata["scope"] != "run"}
     layout = [(name, KINDS[kind], tuple(shape)) for name, kind, shape in header["tensors"]]
+    if len({name for name, _, _ in layout}) < len(layout):
+        raise ValueError("two tensors bear one name")
     if not all(type(n) is int and 0 < n < 2**40 for _, _, shape in layout for n in shape):
         raise ValueError("a shape is no list of positive numbers")
     integers = [kind.itemsize * math.prod(shape) for _, kind, shape in layout if not kind.is_floating_point]
@@ -1263,7 +1260,7 @@ def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
               for _, kind, shape in layout]
     if sum(integers) + sum(floats) > 64 * len(blob):
         raise ValueError("it claims more weights than it can hold")
-    raw = decompress(bytes(body[end:]), header["codec"], sum(integers) + sum(floats))
+    raw = decompress(bytes(body[end:]), parse("COMPRESS_ALGO", header["codec"]), sum(integers) + sum(floats))
     whole, rest, state = io.BytesIO(raw[:sum(integers)]), io.BytesIO(raw[sum(integers):]), {}
     for (name, kind, shape), size in zip(layout, floats):
         state[name] = from_planes(rest.read(size), kind if kind.is_floating_point else torch.bfloat16).float()
@@ -1319,7 +1316,6 @@ def peak_memory(world: World) -> str:
 
 class RunLog:
     """train.log and metrics.jsonl of one run, and the console. Silent where the folder is None (ranks above 0)."""
-
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
@@ -1329,17 +1325,10 @@ class RunLog:
             return
         if console:
             print(line, flush=True)
-        self.append("train.log", line)
-        if metrics:
-            self.append("metrics.jsonl", json.dumps(metrics))
-
-    def append(self, name: str, line: str) -> None:
-        """Add a line to a file of the run."""
-        try:
-            with open(self.folder / name, "a", encoding="utf-8") as out:
-                out.write(line + "\n")
-        except OSError as error:
-            raise UserError(f"{self.folder / name}: cannot be written ({error.strerror}); free the disk and start again") from None
+        for name, text in (("train.log", line), ("metrics.jsonl", json.dumps(metrics) if metrics else None)):
+            if text is not None:
+                with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as out:
+                    out.write(text + "\n")
 
     def sizes(self) -> dict[str, int]:
         """Bytes of both files, as a checkpoint remembers them."""
@@ -1381,15 +1370,14 @@ def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict |
     Raises UserError where the name belongs to a run in progress or with other settings, or where the disk is full."""
     import fcntl
     folder = Path("runs") / settings.run_id
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"RUN_ID={settings.run_id}: that run is in progress; wait for it or choose another name") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); run in a writable folder") from None
     with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"RUN_ID={settings.run_id}: that run is in progress; wait for it or choose another name") from None
         result, state, needed = None, None, 2 * settings.size_limit_bytes
         if (folder / "submission.json").exists():
             result = json.loads((folder / "submission.json").read_text())
@@ -1407,7 +1395,6 @@ def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict |
 
 class Clock:
     """Seconds between `start` and `stop`, added up; the device is waited for at both."""
-
     def __init__(self, world: World, seconds: float = 0.0) -> None:
         self.world, self.banked, self.started = world, seconds, None
 
@@ -1426,7 +1413,6 @@ class Clock:
 
 class Trainer:
     """A model, its optimizers, average, step count and clock: all that changes in training and a checkpoint holds."""
-
     def __init__(self, model: GPT, settings: Hyperparameters, world: World) -> None:
         self.model, self.settings, self.world = model, settings, world
         self.roles = parameter_roles(model)
@@ -1563,9 +1549,9 @@ def log_step(log: RunLog, step: int, loss: float, seconds: float, scale: float, 
 
 def flops_per_token(model: GPT, s: Hyperparameters) -> float:
     """Forward and backward: 6 a weight of the blocks' matrices and of the head, 6 L D T for causal attention."""
-    roles = parameter_roles(model)
-    blocks = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks.") and roles[name] == "matrix")
-    return 6 * (blocks + model.head.macs(s.model_dim, s.vocab_size)) + 6 * s.num_layers * s.model_dim * s.train_seq_len
+    weights = sum(p.numel() for part in (model.blocks, model.head) for p in part.parameters() if is_matrix(p))
+    weights += model.head.products_with_E * s.vocab_size * s.model_dim
+    return 6 * weights + 6 * s.num_layers * s.model_dim * s.train_seq_len
 
 def bench(settings: Hyperparameters, world: World) -> int:
     """MODE=bench: time training steps of the chosen head and of the tied one, in turn, on random tokens; print medians."""
@@ -1587,7 +1573,8 @@ def bench(settings: Hyperparameters, world: World) -> int:
         flops = flops_per_token(trainer.model, settings) * n / seconds / world.size
         if world.rank == 0:
             print(f"bench head:{head} {1000 * seconds:.1f} ms/step (median of 10; {n} tokens, sequence {T})"
-                  f" tokens/s:{n / seconds:.0f} FLOP/token:{flops * seconds * world.size / n / 1e6:.1f}M TFLOP/s:{flops / 1e12:.3f} a rank"
+                  f" tokens/s:{n / seconds:.0f} FLOP/token:{flops * seconds * world.size / n / 1e6:.1f}M"
+                  f" TFLOP/s:{flops / 1e12:.3f} a rank"
                   f" MFU:{f'{flops / peak:.1%}' if peak else 'unknown peak'} time to tied:{seconds / medians[0]:.3f}")
     if world.rank == 0:
         print(f"{hardware(world)}, {compute_dtype(settings, world)}, torch {torch.__version__}; {peak_memory(world)}")
@@ -1660,10 +1647,10 @@ def run_train(settings: Hyperparameters, world: World) -> int:
             try:
                 start_or_resume(trainer, shards, validation, state, log)
                 result = finish(trainer, validation, folder, log)
-            except Interrupted as stop:
+            except Interrupted:
                 save_checkpoint(trainer, log)
                 log.write(f"interrupted at step {trainer.steps}; resume with: {command(settings, world)}")
-                return 128 + stop.args[0]
+                raise
         elif world.rank == 0:
             print(f"{folder} is finished: val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}")
     return 3 if result["bytes_total"] > settings.size_limit_bytes else 0
@@ -1728,15 +1715,18 @@ def main() -> int:
         settings = from_env()
         world.start()
         code = dict(train=run_train, eval=run_eval, bench=bench)[settings.mode](settings, world)
+        world.close()
     except UserError as error:
         if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)  # rank 0 speaks first; torchrun then ends this process
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        code = 2
     except Interrupted as stop:
-        return 128 + stop.args[0]
-    world.close()
+        code = 128 + stop.args[0]
     return code
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    os._exit(exit_code)  # a process group that lost a rank would abort in Python's own teardown

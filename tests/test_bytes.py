@@ -9,6 +9,7 @@ import sentencepiece
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from train_gpt import BOS_ID, UserError, load_byte_counts
 
 SPACE = "\u2581"  # SentencePiece's mark of a space

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-import train_gpt as tg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import train_gpt as tg
 from train_gpt import Hyperparameters, Shards, UserError, micro_batch_sequences, train_batch
 
 MAGIC = 20240520

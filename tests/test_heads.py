@@ -1,4 +1,4 @@
-"""Every entry of HEADS, in float64: probabilities, gradients, start at the tied head, rank, and that all of it trains."""
+"""Every entry of HEADS, in float64: probabilities, gradients, the start at the tied head, rank, and that it trains."""
 
 import dataclasses
 

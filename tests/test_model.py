@@ -1,6 +1,7 @@
 """The trunk against an independent float64 implementation in numpy, its initial values, causality and its switches."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -283,7 +284,7 @@ def test_every_switch_builds_and_learns(switch):
     world.device = torch.device("cpu")
     trainer = Trainer(GPT(s), s, world)
     losses = [trainer.step([documents(s)], 1.0).item() for _ in range(4)]
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:])), losses
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses)), losses
 
 
 def test_bf16_arithmetic_stays_near_float32_and_keeps_float32_masters():

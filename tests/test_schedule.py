@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from train_gpt import Hyperparameters, finished, learning_rate_scale, momentum_at
 
 
