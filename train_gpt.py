@@ -8,10 +8,11 @@ higher rank than the tied softmax earn its bytes and its time?  Everything is ch
     torchrun --standalone --nproc_per_node=8 train_gpt.py           # the real run
     HEAD_TYPE=mos HEAD_K=2 HEAD_RANK=64 SEED=42 RUN_ID=mos-42 torchrun --standalone --nproc_per_node=8 train_gpt.py
     MODE=eval ARTIFACT=runs/mos-42/final_model.int8.ptz python train_gpt.py
+    MODE=table RUNS='runs/*' python train_gpt.py                    # compare finished runs
     MODE=bench python train_gpt.py                                  # speed on synthetic tokens
 
 Sections, each needing only those above it: settings, world, data, byte counts, trunk, heads, optimizers, schedule,
-evaluate, artifact, log and files, train, main.
+evaluate, artifact, log and files, train, table, main.
 
 Shape suffixes of tensor names: B sequences, T positions, N = B T tokens, D model width, V vocabulary, H query heads,
 G key-value heads, C channels of one head, K mixture components, R rank, M simplex corners, L layers.
@@ -23,6 +24,8 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import functools
+import glob
 import hashlib
 import io
 import json
@@ -55,20 +58,17 @@ class Interrupted(Exception):
     """A signal asked the run to stop; `args[0]` is its number."""
 
 # ---- Settings: environment variables, read here and nowhere else ----------------------------------------------------
-
 def setting(default, doc: str, low=None, high=None, choices=(), scope: str = "run"):
     """A field with its documentation, range, choices and scope: "model" and "eval" travel in the artifact."""
     return dataclasses.field(default=default, metadata=dict(doc=doc, low=low, high=high, choices=choices, scope=scope))
 
-def model_setting(default, doc: str, low=None, high=None, choices=()):
-    """A setting of the architecture."""
-    return setting(default, doc, low, high, choices, scope="model")
+model_setting = functools.partial(setting, scope="model")
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
     """All settings of a run. The defaults are the `study` preset; the variable of a field is its name in capitals."""
     # The run
-    mode: str = setting("train", "what to do", choices=("train", "eval", "bench"))
+    mode: str = setting("train", "what to do", choices=("train", "eval", "table", "bench"))
     preset: str = setting("study", "set of defaults: study A's stack, study B's baseline, a small CPU model",
                           choices=("study", "pilot", "demo"))
     run_id: str = setting("", "folder under runs/; empty: time, head and seed")
@@ -148,6 +148,7 @@ class Hyperparameters:
     val_batch_size: int = setting(524288, "tokens of one evaluation batch, over all ranks", 1, 2**40, scope="eval")
     eval_split: str = setting("val", "split that is scored", choices=("val", "test"))
     artifact: str = setting("", "artifact to score (MODE=eval)")
+    runs: str = setting("runs/*", "folders of the runs to compare (MODE=table)")
     compress_algo: str = setting("zlib", "codec of the artifact; zlib is deflate, Huffman only",
                                  choices=("zlib", "zstd"), scope="eval")
     size_limit_bytes: int = setting(16_000_000, "cap on this script's bytes plus the artifact's", 1, 2**50)
@@ -178,8 +179,6 @@ ALIASES = dict(MIXTURE_SOFTMAX_K="HEAD_K", MIXTURE_RANK_DIM="HEAD_RANK", SIMPLEX
 STUDY_HEADS = dict(standard="tied", mixture_softmax="mos")
 STUDY_B = ("USE_MOS", "MOS_K", "MOS_RANK")
 SWITCHES = dict(RANK_DIM="int", USE_MOS="bool", SKIP_COMPILE="bool")
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
-            "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 def fields() -> dict[str, dataclasses.Field]:
     """The settings by the name of their environment variable."""
@@ -203,12 +202,11 @@ def from_env(environ: Mapping[str, str] | None = None, defaults: Mapping[str, ob
 def reject_unknown(environ: Mapping[str, str]) -> None:
     """UserError for a variable that looks like a misspelt setting, or asks for a behaviour that is not there."""
     known = [*fields(), *PUBLISHED_CONSTANTS, *ALIASES, *SWITCHES]
-    for name in sorted(environ.keys() - {*known, *TORCHRUN} if environ.get("ALLOW_NEAR_MISSES") != "1" else ()):
+    for name in sorted(environ.keys() - {*known} if environ.get("ALLOW_NEAR_MISSES") != "1" else ()):
         for likely in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
             raise UserError(f"{name}={environ[name]}: did you mean {likely}? If not, set ALLOW_NEAR_MISSES=1")
     for name, value in PUBLISHED_CONSTANTS.items():
-        unused = name.startswith("FLASH_ATTN") and not torch.cuda.is_available()
-        if environ.get(name, value) != value and not unused:
+        if environ.get(name, value) != value and (torch.cuda.is_available() or not name.startswith("FLASH_ATTN")):
             raise UserError(f"{name}={environ[name]}: only {name}={value} is implemented; leave it unset")
 
 def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
@@ -221,7 +219,6 @@ def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     def put(source: str, name: str, text: str) -> None:
         if given.setdefault(name, (source, text))[1] != text:
             raise UserError(f"{source}={environ[source]}: contradicts {given[name][0]}={environ[given[name][0]]}; set only one")
-
     if head in STUDY_HEADS and "HEAD_TYPE" in environ:
         given["HEAD_TYPE"] = ("HEAD_TYPE", STUDY_HEADS[head])
     if rank < 0 or rank > 0 and head != "standard":
@@ -285,7 +282,6 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
     def need(true: object, name: str, remedy: str) -> None:
         if not true:
             raise UserError(f"{name}={getattr(s, name.lower())}: must {remedy}")
-
     need(s.model_dim % s.num_heads == 0, "NUM_HEADS", f"divide MODEL_DIM={s.model_dim}")
     need(s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS", f"divide NUM_HEADS={s.num_heads}")
     channels = s.model_dim // s.num_heads
@@ -306,14 +302,13 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
             raise UserError(f"{source}={text}: HEAD_TYPE={s.head_type} does not use it ({', '.join(users)} does); leave it unset")
 
 # ---- World: one process or torchrun's many; with one, communication is skipped --------------------------------------
-
 class World:
     """Rank, size and device; the few collectives that the program needs; the signals that ask it to stop."""
     def __init__(self) -> None:
         self.rank, self.size, self.local_rank = (convert(name, os.environ.get(name, default), "int") for name, default in
                                                  (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        self.signal = 0
+        self.signal, self.signalled = 0, 0.0
 
     def start(self) -> None:
         """Join the process group, NCCL for CUDA tensors and gloo for CPU tensors; listen to signals."""
@@ -325,42 +320,56 @@ class World:
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
-                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
+                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=2))
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"WORLD_SIZE={self.size}: the ranks cannot meet ({error}); start them with torchrun,"
                                 " or unset WORLD_SIZE") from None
 
         def receive(number: int, frame: object) -> None:
-            self.signal = number
-            signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-
+            if self.signal and time.monotonic() - self.signalled > 2:  # sooner, it is torchrun that repeats a terminal's
+                os._exit(128 + number)
+            if not self.signal:
+                self.signal, self.signalled = number, time.monotonic()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, receive)
 
     def heed(self) -> None:
-        """Interrupted, if a signal has come. Called where the state is whole: between micro-batches and batches."""
+        """Interrupted, if a signal has come to this rank. Called where the state is whole."""
         if self.signal:
             raise Interrupted(self.signal)
 
+    def heed_together(self) -> None:
+        """Interrupted on every rank, if a signal has come to any."""
+        flag = torch.tensor(self.signal)
+        self.collective(dist.all_reduce, flag, dist.ReduceOp.MAX)
+        self.signal = int(flag)
+        self.heed()
+
+    def collective(self, operation: Callable, *arguments: object, **options: object) -> None:
+        """Talk with the other ranks, if any; a failure says in one line that one is gone, or that a signal ended it."""
+        try:
+            if self.size > 1:
+                operation(*arguments, **options)
+        except RuntimeError as error:
+            self.heed()
+            raise UserError(f"rank {self.rank}: lost touch with another rank ({str(error).splitlines()[0][:200]});"
+                            " start the same command again to resume") from None
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
+        self.collective(dist.all_reduce, tensor)
         return tensor
 
     def agree(self, value):
         """Rank 0's value, on every rank. It travels as a CPU message: the GPU is not waited for."""
         box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        self.collective(dist.broadcast_object_list, box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, part: Tensor) -> Tensor:
         """The ranks' equally shaped parts, concatenated along the first dimension in the order of ranks."""
-        if self.size == 1:
-            return part
-        whole = part.new_empty(self.size * part.shape[0], *part.shape[1:])
-        dist.all_gather_into_tensor(whole, part.contiguous())
+        whole = part if self.size == 1 else part.new_empty(self.size * part.shape[0], *part.shape[1:])
+        self.collective(dist.all_gather_into_tensor, whole, part.contiguous())
         return whole
 
     def average(self, tensors: list[Tensor]) -> None:
@@ -372,17 +381,14 @@ class World:
         torch._foreach_copy_(tensors, [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors)])
 
     def synchronize(self) -> None:
-        """Wait until the device has done all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def close(self) -> None:
-        """Leave the process group."""
         if self.size > 1:
             dist.destroy_process_group()
 
 # ---- Data: shards, the batch stream, the demo corpus ----------------------------------------------------------------
-
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1  # stands before every document
 
@@ -403,8 +409,7 @@ def open_shard(path: Path) -> np.ndarray:
 
 def write_shard(path: Path, tokens: list[int]) -> None:
     """The counterpart of open_shard."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    header = np.array([SHARD_MAGIC, SHARD_VERSION, len(tokens), *[0] * (HEADER_INTS - 3)], dtype="<i4")
     write_whole(path, header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
 @contextlib.contextmanager
@@ -458,12 +463,10 @@ class Shards:
             start, count = start + chunk.size, count - chunk.size
         return np.concatenate(chunks).astype(np.int64)
 
-    def fingerprint(self) -> str:
-        """Hash of names, sizes and ends of the shards: tells data sets apart without reading them whole."""
-        digest = hashlib.sha256()
-        for path, part in zip(self.paths, self.parts):
-            digest.update(f"{path.name} {part.size}".encode() + part[:32768].tobytes() + part[-32768:].tobytes())
-        return digest.hexdigest()[:16]
+def data_hash(train: Shards, val_N: Tensor) -> str:
+    """Tells data sets apart: by the train split's length and ends, and the whole validation split."""
+    ends = train.take(len(train) - 32768, 65536)
+    return hashlib.sha256(f"{len(train)} ".encode() + ends.tobytes() + val_N.cpu().numpy().tobytes()).hexdigest()
 
 def train_batch(shards: Shards, step: int, settings: Hyperparameters, world: World) -> list[tuple[Tensor, Tensor]]:
     """This rank's micro-batches (x_BT, y_BT) of a step: the same global batch for any number of ranks.
@@ -496,7 +499,7 @@ def demo_documents() -> list[str]:
     documents = [text for _, text in sorted(topics.items())]
     library = Path(os.__file__).parent
     for path in sorted(library.rglob("*.py")):
-        if {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(path.relative_to(library).parts):
+        if {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"} & set(path.relative_to(library).parts):
             continue
         with contextlib.suppress(SyntaxError, ValueError, OSError):
             nodes = ast.walk(ast.parse(path.read_bytes()))
@@ -544,7 +547,6 @@ def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
     return dataclasses.replace(settings, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
 
 # ---- Byte counts: how many UTF-8 bytes of text each token stands for ------------------------------------------------
-
 ByteCounts = Callable[[Tensor, Tensor], Tensor]  # (token before, token) -> bytes, int64, of any one shape
 
 def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteCounts:
@@ -568,7 +570,6 @@ def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteC
         base = len(processor.decode(prefix).encode())
         texts = processor.decode([[*prefix, i] for i in ids])
         return [0 if control[i] else 1 if processor.is_byte(i) else len(texts[i].encode()) - base for i in ids]
-
     inside_or_first_2V = torch.tensor([sizes([anchor]), sizes([])], dtype=torch.int64, device=device)
     control_V = torch.tensor(control, dtype=torch.int64, device=device)
     return lambda before, token: inside_or_first_2V[control_V[before], token]
@@ -581,7 +582,6 @@ def unigram_bpb(train: Shards, val_N: Tensor, byte_counts: ByteCounts) -> float:
     return (bits_V.to(val_N.device)[val_N[1:]].sum() / bytes_N.sum()).item()
 
 # ---- Trunk: from tokens to the final normed hidden states -----------------------------------------------------------
-
 NORM_EPS = 1e-7  # explicit: PyTorch's default depends on the dtype and would damp small embeddings in bf16
 
 def norm(x: Tensor) -> Tensor:
@@ -631,7 +631,6 @@ def attention_kernel(settings: Hyperparameters) -> Callable[[Tensor, Tensor, Ten
     def sdpa(*qkv: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in qkv)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
     if not (settings.use_fa3 and torch.cuda.is_available()):
         return sdpa
     try:
@@ -653,12 +652,12 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((self.H,), settings.qk_gain_init))
         self.rotary, self.exclusive, self.kernel = rotary, exclusive, attention_kernel(settings)
 
-    def forward(self, x_BTD: Tensor, value_BTV: Tensor | None, scale_D: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, embedded: Tensor | None, scale_D: Tensor) -> Tensor:
         B, T, D = x_BTD.shape
         q_BTHC = self.rotary(norm(self.q(x_BTD).view(B, T, self.H, self.C))) * self.q_gain.to(x_BTD.dtype)[:, None]
         k_BTGC = self.rotary(norm(self.k(x_BTD).view(B, T, self.G, self.C)))
         v = self.v(x_BTD)
-        v_BTGC = (v if value_BTV is None else v + value_BTV).view(B, T, self.G, self.C)
+        v_BTGC = (v if embedded is None else v + embedded).view(B, T, self.G, self.C)
         y_BTHC = self.kernel(q_BTHC, k_BTGC, v_BTGC)
         if self.exclusive:
             y_BTHC = exclude_own_value(y_BTHC, v_BTGC)
@@ -799,7 +798,6 @@ class GPT(nn.Module):
         return self.nll(x_BT, y_BT).mean()
 
 # ---- Heads: from hidden states to log-probabilities -----------------------------------------------------------------
-
 class Head(nn.Module):
     """A head is its logits, unless it overrides `nll` and `log_probs`, as a mixture must.
     `roles` maps each of its own parameters to its optimizer: "matrix" (Muon), "vocab" (Adam, HEAD_LR) or "scalar".
@@ -906,7 +904,6 @@ class MixtureOfSoftmaxes(Head):
     def nll(self, h_ND: Tensor, x_N: Tensor, y_N: Tensor, E_VD: Tensor) -> Tensor:
         def component(h: Tensor, E: Tensor, U: Tensor, V: Tensor, y: Tensor) -> Tensor:
             return -F.cross_entropy(self.component_logits(h, E, U, V), y, reduction="none")
-
         log_p_NK = torch.stack([checkpoint(component, h_ND, E_VD, U, V, y_N, use_reentrant=False)
                                 for U, V in zip(self.U_KDR, self.V_KRD)], dim=-1)
         return -torch.logsumexp(self.log_pi(h_ND) + log_p_NK, dim=-1)
@@ -919,7 +916,6 @@ class MixtureOfSoftmaxes(Head):
 HEADS: dict[str, type[Head]] = dict(tied=Tied, factorized=Factorized, mos=MixtureOfSoftmaxes, simplex=Simplex)
 
 # ---- Optimizers: Muon for matrices, Adam for the rest; every parameter in exactly one group -------------------------
-
 TRUNK_ROLES = (
     ("embed", r"(tok_emb|(bigram|value_embed)\.table)\.weight"),
     ("matrix", r"(blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))|(bigram|value_embed)\.proj)\.weight"),
@@ -1013,12 +1009,10 @@ def update_average(average: list[Tensor], parameters: list[Tensor], step: int, a
     torch._foreach_lerp_(average, parameters, 1 - decay)
 
 # ---- Schedule: pure functions of step and time ----------------------------------------------------------------------
-
 def learning_rate_scale(step: int, seconds: float, s: Hyperparameters) -> float:
     """1, then linear to 0 over min(WARMDOWN_ITERS steps, WARMDOWN_FRAC of the run), by whichever end comes first."""
     def ramp(remaining: float, length: float) -> float:
         return min(1.0, max(remaining, 0.0) / length) if length > 0 else 1.0
-
     by_steps = ramp(s.iterations - step, min(s.warmdown_iters, s.warmdown_frac * s.iterations))
     if s.max_wallclock_seconds == 0:
         return by_steps
@@ -1034,7 +1028,6 @@ def finished(step: int, seconds: float, s: Hyperparameters) -> bool:
     return step >= s.iterations or 0 < s.max_wallclock_seconds <= seconds
 
 # ---- Evaluate: exact bits per byte, plain or sliding ----------------------------------------------------------------
-
 @torch.inference_mode()
 def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int, s: Hyperparameters, world: World,
              ) -> tuple[float, float]:
@@ -1076,7 +1069,6 @@ def maybe_compile(function: Callable, settings: Hyperparameters, world: World) -
     return torch.compile(function, dynamic=False) if wanted else function
 
 # ---- Artifact: quantize, fit under the cap, pack, unpack ------------------------------------------------------------
-
 MAGIC = b"GPTHEAD1"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, payload
 FINER = 8.0  # vocabulary-side matrices are the most sensitive: their step is this much finer, in 16 bits
 KINDS = dict(int8=torch.int8, int16=torch.int16, float16=torch.float16, float32=torch.float32)
@@ -1163,12 +1155,9 @@ def zstd():
         raise UserError("COMPRESS_ALGO=zstd: the package zstandard is not installed; install it or use zlib") from None
     return zstandard
 
-def stored_settings(settings: Hyperparameters) -> dict[str, object]:
-    """What the artifact must know to be scored alone: the model's settings and the evaluation's."""
-    return {field.name: getattr(settings, field.name) for field in fields().values() if field.metadata["scope"] != "run"}
-
 def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, step: float) -> bytes:
-    """The artifact's bytes at one quantization step: a pure function of its arguments."""
+    """The artifact's bytes at one quantization step: a pure function of its arguments.
+    It holds all that it takes to be scored alone: weights, the model's settings and the evaluation's."""
     tensors, integers, floats = [], [], []
     for name, weight in state.items():
         kind = kind_of(weight, roles[name])
@@ -1179,8 +1168,8 @@ def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hype
         else:
             floats.append(planes(weight.to(KINDS[kind])))
         tensors.append([name, kind, list(weight.shape)])
-    header = json.dumps(dict(codec=settings.compress_algo, settings=stored_settings(settings), tensors=tensors),
-                        separators=(",", ":")).encode()
+    stored = {field.name: getattr(settings, field.name) for field in fields().values() if field.metadata["scope"] != "run"}
+    header = json.dumps(dict(codec=settings.compress_algo, settings=stored, tensors=tensors), separators=(",", ":")).encode()
     body = struct.pack("<I", len(header)) + header + compress(b"".join(integers + floats), settings.compress_algo)
     return MAGIC + hashlib.sha256(body).digest() + body
 
@@ -1294,16 +1283,14 @@ def compute_dtype(settings: Hyperparameters, world: World) -> torch.dtype:
     return dict(auto=torch.bfloat16 if fast else torch.float32, bf16=torch.bfloat16, fp32=torch.float32)[settings.compute_dtype]
 
 # ---- Log and files: everything of a run lies in runs/<RUN_ID>/ ------------------------------------------------------
-
 def source() -> bytes:
     """This script's own bytes: they count against the size limit."""
     return Path(__file__).read_bytes()
 
 def hardware(world: World) -> str:
     """The machine in words."""
-    if world.device.type == "cuda":
-        return f"{world.size} x {torch.cuda.get_device_name(world.device)}"
-    return f"CPU {platform.machine()}, {world.size} x {torch.get_num_threads()} threads"
+    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{world.size} x {torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else cpu}"
 
 def peak_memory(world: World) -> str:
     """The log line: peak MiB allocated and reserved of the GPU, or of this process (twice the same)."""
@@ -1337,9 +1324,8 @@ class RunLog:
 
     def rewind(self, sizes: Mapping[str, int]) -> None:
         """Forget what was written after the checkpoint; with no sizes, everything."""
-        for name in () if self.folder is None else ("train.log", "metrics.jsonl"):
-            if (self.folder / name).exists():
-                os.truncate(self.folder / name, min(sizes.get(name, 0), (self.folder / name).stat().st_size))
+        for name, size in self.sizes().items():
+            os.truncate(self.folder / name, min(sizes.get(name, 0), size))
 
     def opening(self, settings: Hyperparameters, world: World) -> None:
         """Versions, source, machine and every resolved setting: all that is needed to run it again."""
@@ -1358,9 +1344,9 @@ def setting_text(settings: Hyperparameters, name: str) -> str:
 
 def command(settings: Hyperparameters, world: World) -> str:
     """The shell command that starts this run again."""
-    default = Hyperparameters(**{**PRESETS[settings.preset], "preset": settings.preset})
-    changed = [f.name for f in fields().values() if getattr(settings, f.name) != getattr(default, f.name)]
-    variables = " ".join(f"{name.upper()}={shlex.quote(setting_text(settings, name))}" for name in ["preset", *changed])
+    default = Hyperparameters(**PRESETS[settings.preset])
+    changed = [n for n in map(str.lower, fields()) if n != "preset" and getattr(settings, n) != getattr(default, n)]
+    variables = " ".join(f"{name.upper()}={shlex.quote(setting_text(settings, name))}" for name in ("preset", *changed))
     program = "python" if world.size == 1 else f"torchrun --standalone --nproc_per_node={world.size}"
     return f"{variables} {program} {shlex.quote(sys.argv[0])}"
 
@@ -1379,11 +1365,15 @@ def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict |
         except BlockingIOError:
             raise UserError(f"RUN_ID={settings.run_id}: that run is in progress; wait for it or choose another name") from None
         result, state, needed = None, None, 2 * settings.size_limit_bytes
-        if (folder / "submission.json").exists():
-            result = json.loads((folder / "submission.json").read_text())
-        elif (folder / "checkpoint.pt").exists():
-            state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        elif shutil.disk_usage(folder).free < needed:
+        try:
+            if (folder / "submission.json").exists():
+                result = json.loads((folder / "submission.json").read_text())
+            elif (folder / "checkpoint.pt").exists():
+                state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file can provoke
+            raise UserError(f"{folder}: holds a damaged submission.json or checkpoint.pt ({type(error).__name__});"
+                            " delete it or choose another RUN_ID") from None
+        if not result and not state and shutil.disk_usage(folder).free < needed:
             raise UserError(f"{folder}: has less than {needed} bytes free; free the disk or use another folder")
         for name, value in (result or state or {}).get("settings", {}).items():
             if getattr(settings, name, value) != value:
@@ -1392,7 +1382,6 @@ def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict |
         yield result, state
 
 # ---- Train: the loop, and the bench that times its step -------------------------------------------------------------
-
 class Clock:
     """Seconds between `start` and `stop`, added up; the device is waited for at both."""
     def __init__(self, world: World, seconds: float = 0.0) -> None:
@@ -1422,6 +1411,8 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters] if settings.use_ema else []
         self.steps, self.clock = 0, Clock(world)
         self.grid: float | None = None  # the quantization step of late QAT, once it has begun
+        self.validated = -1  # the last step that was validated
+        self.whole = True  # False while a step changes the state
 
     def step(self, batches: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
         """Train on this rank's share of one batch; the mean loss over all ranks, a tensor: nothing is waited for.
@@ -1429,7 +1420,7 @@ class Trainer:
         s, total = self.settings, torch.zeros((), device=self.world.device)
         with rounded_weights(self.model, self.roles, self.grid):
             for x_BT, y_BT in batches:
-                self.world.heed()
+                self.world.heed_together()
                 loss = self.loss(x_BT, y_BT) / len(batches)
                 loss.backward()
                 total += loss.detach()
@@ -1438,6 +1429,7 @@ class Trainer:
         self.world.average([p.grad for p in self.parameters] + [total])
         if s.grad_clip_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, s.grad_clip_norm)
+        self.whole = False
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * scale
@@ -1447,7 +1439,7 @@ class Trainer:
             optimizer.zero_grad()
         if s.use_ema:
             update_average(self.average, self.parameters, self.steps, s.ema_alpha)
-        self.steps += 1
+        self.steps, self.whole = self.steps + 1, True
         return total
 
     def warm_up(self, shards: Shards) -> None:
@@ -1461,18 +1453,16 @@ class Trainer:
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, initial)
 
-    def final_weights(self) -> dict[str, Tensor]:
-        """What is exported: the average where there is one, else the weights."""
-        return dict(zip(self.roles, self.average or [p.detach() for p in self.parameters]))
-
     def state(self) -> dict[str, object]:
         """What a checkpoint holds, beside the settings and the log's sizes."""
-        return dict(steps=self.steps, seconds=self.clock.seconds(), grid=self.grid, average=self.average,
-                    parameters=[p.detach() for p in self.parameters], optimizers=[o.state_dict() for o in self.optimizers])
+        return dict(steps=self.steps, seconds=self.clock.seconds(), grid=self.grid, validated=self.validated,
+                    average=self.average, parameters=[p.detach() for p in self.parameters],
+                    optimizers=[o.state_dict() for o in self.optimizers])
 
     def restore(self, state: Mapping[str, object]) -> None:
         """Go on from a checkpoint's state."""
-        self.steps, self.grid, self.clock = state["steps"], state["grid"], Clock(self.world, state["seconds"])
+        self.steps, self.grid, self.validated = state["steps"], state["grid"], state["validated"]
+        self.clock = Clock(self.world, state["seconds"])
         with torch.no_grad():
             for mine, saved in ((self.parameters, state["parameters"]), (self.average, state["average"])):
                 for tensor, value in zip(mine, saved):
@@ -1481,53 +1471,50 @@ class Trainer:
             optimizer.load_state_dict(saved)
 
 def save_checkpoint(trainer: Trainer, log: RunLog) -> None:
-    """Write checkpoint.pt, whole or not at all (rank 0; all ranks hold the same state)."""
-    if log.folder is not None:
+    """Write checkpoint.pt (rank 0; all ranks hold the same state), unless the state is broken: the one before stays."""
+    if log.folder is not None and trainer.whole and all(p.isfinite().all() for p in trainer.parameters):
         buffer = io.BytesIO()
         torch.save(dict(trainer.state(), settings=dataclasses.asdict(trainer.settings), sizes=log.sizes()), buffer)
         write_whole(log.folder / "checkpoint.pt", buffer.getvalue())
 
-def check_finite(loss: Tensor, step: int, log: RunLog) -> float:
+def check_finite(loss: Tensor | float, step: int, log: RunLog) -> float:
     """The loss as a number; UserError where it is none."""
-    value = loss.item()
-    if not math.isfinite(value):
-        kept = log.folder is not None and (log.folder / "checkpoint.pt").exists()
-        where = f"the last good checkpoint is {log.folder / 'checkpoint.pt'}" if kept else "there is no checkpoint"
-        raise UserError(f"step {step}: the loss is {value}; no artifact is written, {where}; lower the learning rates")
+    if not math.isfinite(value := float(loss)):
+        saved = Path(log.folder or "") / "checkpoint.pt"
+        raise UserError(f"step {step}: the loss is {value}; no artifact is written; lower the learning rates; the last good"
+                        f" checkpoint: {saved if saved.exists() else 'none'}")
     return value
 
 def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], None], log: RunLog) -> None:
     """Train until ITERATIONS or the time cap; ends with a checkpoint."""
     s, world, clock = trainer.settings, trainer.world, trainer.clock
-    loss, saved = None, clock.seconds()
+    loss, value, saved = None, math.inf, clock.seconds()
     clock.start()
     while True:
         seconds = world.agree(clock.seconds())
         done = finished(trainer.steps, seconds, s)
-        if done or s.val_loss_every and trainer.steps % s.val_loss_every == 0:
+        if (done or s.val_loss_every and trainer.steps % s.val_loss_every == 0) and trainer.validated != trainer.steps:
             validate(trainer.steps, clock.stop())
+            trainer.validated = trainer.steps
             clock.start()
         if done:
             break
         if s.checkpoint_seconds and seconds - saved >= s.checkpoint_seconds:
             saved = seconds
             clock.stop()
-            check_finite(loss, trainer.steps, log)
             save_checkpoint(trainer, log)
             clock.start()
         scale = learning_rate_scale(trainer.steps, seconds, s)
         if s.late_qat and trainer.grid is None and scale < s.qat_threshold:
             trainer.grid = late_grid(trainer, log)
         before, loss = loss, trainer.step(train_batch(shards, trainer.steps, s, world), scale)
-        if before is not None:
-            check_finite(before, trainer.steps - 1, log)  # waits for that step: the host runs one step ahead, no more
+        if before is not None:  # reading it waits for the step before: the host runs one step ahead, no more
+            last, value = value, check_finite(before, trainer.steps - 1, log)
+            if value > last + 1:
+                log.write(f"loss_spike: step:{trainer.steps - 1} train_loss:{last:.4f} -> {value:.4f}")
         if s.train_log_every and (trainer.steps <= 10 or trainer.steps % s.train_log_every == 0):
             log_step(log, trainer.steps, check_finite(loss, trainer.steps, log), clock.seconds(), scale, s)
     clock.stop()
-    if loss is not None:
-        check_finite(loss, trainer.steps, log)
-    if trainer.steps < s.iterations:
-        log.write(f"stopping_early: wallclock_cap train_time:{1000 * clock.seconds():.0f}ms step:{trainer.steps}/{s.iterations}")
     save_checkpoint(trainer, log)
 
 def late_grid(trainer: Trainer, log: RunLog) -> float:
@@ -1562,28 +1549,108 @@ def bench(settings: Hyperparameters, world: World) -> int:
     tokens = torch.randint(settings.vocab_size, (n // T // world.size, T + 1), device=world.device)
     batches = [(part[:, :-1], part[:, 1:]) for part in tokens.split(B)]
     times: list[list[float]] = [[] for _ in trainers]
-    for round in range(13):
+    for turn in range(13):
         for trainer, seconds in zip(trainers, times):
             clock = Clock(world).start()
             trainer.step(batches, 1.0)
-            seconds += [clock.stop()] if round >= 3 else []
-    peak = 989e12 if world.device.type == "cuda" and re.search("H[12]00", torch.cuda.get_device_name()) else None
+            seconds += [clock.stop()] if turn >= 3 else []
+    known = world.device.type == "cuda" and re.search("H[12]00", torch.cuda.get_device_name())
     medians = [float(np.median(seconds)) for seconds in times]
     for head, trainer, seconds in zip(heads, trainers, medians):
-        flops = flops_per_token(trainer.model, settings) * n / seconds / world.size
+        flops = flops_per_token(trainer.model, settings)
+        rate = flops * n / seconds / world.size
         if world.rank == 0:
             print(f"bench head:{head} {1000 * seconds:.1f} ms/step (median of 10; {n} tokens, sequence {T})"
-                  f" tokens/s:{n / seconds:.0f} FLOP/token:{flops * seconds * world.size / n / 1e6:.1f}M"
-                  f" TFLOP/s:{flops / 1e12:.3f} a rank"
-                  f" MFU:{f'{flops / peak:.1%}' if peak else 'unknown peak'} time to tied:{seconds / medians[0]:.3f}")
+                  f" tokens/s:{n / seconds:.0f} FLOP/token:{flops / 1e6:.1f}M TFLOP/s/rank:{rate / 1e12:.3f}"
+                  f" MFU:{f'{rate / 989e12:.1%}' if known else 'unknown peak'} time to tied:{seconds / medians[0]:.3f}")
     if world.rank == 0:
         print(f"{hardware(world)}, {compute_dtype(settings, world)}, torch {torch.__version__}; {peak_memory(world)}")
     return 0
 
-# ---- Main -----------------------------------------------------------------------------------------------------------
+# ---- Table: compare finished runs -----------------------------------------------------------------------------------
+NOT_COMPARED = ("seed", "run_id", "author", "github_id", "allow_near_misses", "mode", "checkpoint_seconds", "runs")
 
-def load_validation(settings: Hyperparameters, world: World) -> tuple[Tensor, ByteCounts]:
-    """The split that is scored, as int64 tokens on the device, and the bytes that its tokens stand for."""
+def welch(a: list[float], b: list[float]) -> tuple[float, float]:
+    """Welch's t of mean(a) - mean(b), and its two-sided p (Welch 1947). Needs two values in each, not all equal."""
+    va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
+    t = (np.mean(a) - np.mean(b)) / math.sqrt(va + vb)
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    # With t = sqrt(freedom) tan(angle), Student's density becomes cos(angle) ** (freedom - 1).
+    angle = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angle).clip(0) ** (freedom - 1)
+    return float(t), float(density[angle >= math.atan(abs(t) / math.sqrt(freedom))].sum() / density.sum())
+
+def read_results(pattern: str) -> tuple[list[dict], list[str]]:
+    """The results of finished runs, and a line about each folder that holds none."""
+    results, remarks = [], []
+    for folder in sorted(map(Path, glob.glob(pattern))):
+        try:
+            result = json.loads((folder / "submission.json").read_text())
+            steps = max(result["step_stop"], 1)
+            key = {name: value for name, value in result["settings"].items() if name not in NOT_COMPARED}
+            results.append(dict(result, folder=folder, key=key, ms=1000 * result["wallclock_seconds"] / steps,
+                                bpb=float(result["val_bpb"]), bytes_total=int(result["bytes_total"])))
+        except FileNotFoundError:
+            remarks.append(f"{folder}: not finished")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            remarks.append(f"{folder}: its submission.json cannot be read ({type(error).__name__}: {error})")
+    for name in ("source_sha256", "data_sha256", "hardware", "pytorch_version"):
+        values = sorted({str(result.get(name)) for result in results})
+        if len(values) > 1:
+            remarks.append(f"the runs differ in {name}: {', '.join(value[:40] for value in values)}")
+    return results, remarks
+
+def run_table(settings: Hyperparameters, world: World) -> int:
+    """MODE=table: one Markdown row for each configuration, its seeds against those of `tied`; learning curves as a PNG."""
+    results, remarks = read_results(settings.runs)
+    if not results:
+        raise UserError(f"RUNS={settings.runs}: matches no finished run")
+    groups: dict[str, list[dict]] = {}
+    for result in results:
+        groups.setdefault(json.dumps(result["key"], sort_keys=True), []).append(result)
+    keys = [runs[0]["key"] for runs in groups.values()]
+    differing = [n for n in dict.fromkeys(n for key in keys for n in key) if len({json.dumps(key.get(n)) for key in keys}) > 1]
+    tied = [run["bpb"] for run in max((runs for runs in groups.values() if runs[0]["head"] == "tied"), key=len, default=[])]
+    print("| head | settings that differ | seeds | val_bpb mean +- std | against tied (Welch) | bytes | ms/step | steps |")
+    print("|---" * 8 + "|")
+    for runs in groups.values():
+        bpb, key = [run["bpb"] for run in runs], runs[0]["key"]
+        differs = " ".join(f"{n.upper()}={key.get(n)}" for n in differing if n != "head_type")
+        spread = f" +- {np.std(bpb, ddof=1):.5f}" if len(runs) > 1 else ""
+        versus = f"{np.mean(bpb) - np.mean(tied):+.5f}" if tied and bpb != tied else "-"
+        if versus != "-" and min(len(bpb), len(tied)) > 1 and len({*bpb}) + len({*tied}) > 2:
+            versus += " (t {:.2f}, p {:.2g})".format(*welch(bpb, tied))
+        most = max(run["bytes_total"] for run in runs)
+        over = " OVER" if most > key["size_limit_bytes"] else ""
+        ms, steps = (np.mean([run[n] for run in runs]) for n in ("ms", "step_stop"))
+        print(f"| {runs[0]['head']} | {differs} | {' '.join(str(run['seed']) for run in runs)} | {np.mean(bpb):.5f}{spread}"
+              f" | {versus} | {most}{over} | {ms:.1f} | {steps:.0f} |")
+    print("\n".join(["", *remarks, draw_curves(results)]))
+    return 0
+
+def draw_curves(results: list[dict]) -> str:
+    """Draw the training losses of all runs beside their folders; a line that says where, or why not."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no learning curves: matplotlib is not installed"
+    path, figure = results[0]["folder"].parent / "learning_curves.png", Figure(figsize=(9, 6))
+    axes = figure.add_subplot(xlabel="seconds of training", ylabel="training loss (nats a token)")
+    for result in results:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            records = map(json.loads, (result["folder"] / "metrics.jsonl").read_text().splitlines())
+            points = [(record["train_seconds"], record["train_loss"]) for record in records if record["kind"] == "train"]
+            axes.plot(*zip(*points), label=result["folder"].name)
+    axes.legend(fontsize=7)
+    with writing(path):
+        figure.savefig(path, dpi=120)
+    return f"learning curves: {path}"
+
+# ---- Main -----------------------------------------------------------------------------------------------------------
+Validation = tuple[Tensor, ByteCounts]  # the split that is scored, int64 on the device, and its tokens' bytes
+
+def load_validation(settings: Hyperparameters, world: World) -> Validation:
+    """Open and check the split that is scored, and the tokenizer; UserError where either is wrong."""
     shards = Shards(Path(settings.data_path), settings.eval_split, settings.vocab_size)
     if len(shards) <= settings.train_seq_len:
         raise UserError(f"TRAIN_SEQ_LEN={settings.train_seq_len}: the {settings.eval_split} split has only {len(shards)} tokens")
@@ -1612,9 +1679,9 @@ def run_eval(settings: Hyperparameters, world: World) -> int:
             raise UserError(f"{name.upper()}={getattr(settings, name)}: the artifact has {value}; leave it unset")
     settings = prepare_demo(settings, world)
     validation = load_validation(settings, world)
-    for line in final_lines(settings.compress_algo, *score(load_artifact(path, settings, world), *validation, settings, world)):
-        if world.rank == 0:
-            print(line)
+    lines = final_lines(settings.compress_algo, *score(load_artifact(path, settings, world), *validation, settings, world))
+    if world.rank == 0:
+        print("\n".join(lines))
     return 0
 
 def export(weights: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, world: World, log: RunLog) -> int:
@@ -1646,7 +1713,7 @@ def run_train(settings: Hyperparameters, world: World) -> int:
             trainer = Trainer(build_model(settings, world), settings, world)
             try:
                 start_or_resume(trainer, shards, validation, state, log)
-                result = finish(trainer, validation, folder, log)
+                result = finish(trainer, validation, data_hash(shards, validation[0]), folder, log)
             except Interrupted:
                 save_checkpoint(trainer, log)
                 log.write(f"interrupted at step {trainer.steps}; resume with: {command(settings, world)}")
@@ -1655,16 +1722,14 @@ def run_train(settings: Hyperparameters, world: World) -> int:
             print(f"{folder} is finished: val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}")
     return 3 if result["bytes_total"] > settings.size_limit_bytes else 0
 
-def start_or_resume(trainer: Trainer, shards: Shards, validation: tuple[Tensor, ByteCounts], state: dict | None, log: RunLog,
-                    ) -> None:
+def start_or_resume(trainer: Trainer, shards: Shards, validation: Validation, state: dict | None, log: RunLog) -> None:
     """Open the log and train, from the start or from a checkpoint's state."""
     s, world = trainer.settings, trainer.world
     log.rewind((state or {}).get("sizes", {}))
     if state is None:
         log.opening(s, world)
-        val = Shards(Path(s.data_path), s.eval_split, s.vocab_size)
-        log.write(f"data: {s.data_path} train {len(shards)} tokens {shards.fingerprint()} {s.eval_split} {len(val)} tokens"
-                  f" {val.fingerprint()} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}")
+        log.write(f"data: {s.data_path} train_tokens:{len(shards)} {s.eval_split}_tokens:{len(validation[0])}"
+                  f" data_sha256:{data_hash(shards, validation[0])} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}")
         log.write(f"model_params:{sum(p.numel() for p in trainer.parameters)}")
     trainer.warm_up(shards)
     if state is not None:
@@ -1673,17 +1738,20 @@ def start_or_resume(trainer: Trainer, shards: Shards, validation: tuple[Tensor, 
 
     def validate(step: int, seconds: float) -> None:
         loss, bpb = evaluate(trainer.model, *validation, 0, s, world)
+        check_finite(loss, step, log)
         log.write(f"step:{step}/{s.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * seconds:.0f}ms"
                   f" step_avg:{1000 * seconds / max(step, 1):.2f}ms",
                   kind="val", step=step, val_loss=loss, val_bpb=bpb, train_seconds=seconds)
-
+        if step < s.iterations and finished(step, seconds, s):
+            log.write(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{s.iterations}"
+                      + (" (the first step alone took longer than the cap)" if step == 1 else ""))
     train(trainer, shards, validate, log)
 
-def finish(trainer: Trainer, validation: tuple[Tensor, ByteCounts], folder: Path, log: RunLog) -> dict[str, object]:
-    """Score the final weights, export, reload from disk, score again, write submission.json."""
+def finish(trainer: Trainer, validation: Validation, data: str, folder: Path, log: RunLog) -> dict[str, object]:
+    """Score the final weights, export, reload from disk, score again, write submission.json; `data` is its hash."""
     s, world, code = trainer.settings, trainer.world, len(source())
     log.write(peak_memory(world))
-    weights = trainer.final_weights()
+    weights = dict(zip(trainer.roles, trainer.average or [p.detach() for p in trainer.parameters]))
     pre_loss, pre_bpb, _ = score(build_model(s, world, weights), *validation, s, world)
     log.write(f"pre_quant val_loss:{pre_loss:.8f} val_bpb:{pre_bpb:.8f}")
     packed = export(weights, trainer.roles, s, world, log)
@@ -1697,7 +1765,7 @@ def finish(trainer: Trainer, validation: tuple[Tensor, ByteCounts], folder: Path
         pre_quant_val_loss=pre_loss, pre_quant_val_bpb=pre_bpb, step_stop=trainer.steps,
         wallclock_seconds=trainer.clock.seconds(), eval_time_seconds=eval_seconds, bytes_total=code + packed,
         bytes_code=code, bytes_model_int8_zlib=packed, hardware=hardware(world), pytorch_version=torch.__version__,
-        head=s.head_type, source_sha256=hashlib.sha256(source()).hexdigest(), settings=dataclasses.asdict(s))
+        head=s.head_type, data_sha256=data, source_sha256=hashlib.sha256(source()).hexdigest(), settings=dataclasses.asdict(s))
     log.write(f"results: {folder}", kind="final", **{name: value for name, value in result.items() if name != "settings"})
     if code + packed > s.size_limit_bytes:
         log.write(f"over the cap: {code + packed} bytes of {s.size_limit_bytes}; the run exits with code 3")
@@ -1714,7 +1782,7 @@ def main() -> int:
         rank = world.rank
         settings = from_env()
         world.start()
-        code = dict(train=run_train, eval=run_eval, bench=bench)[settings.mode](settings, world)
+        code = dict(train=run_train, eval=run_eval, table=run_table, bench=bench)[settings.mode](settings, world)
         world.close()
     except UserError as error:
         if rank:
