@@ -308,7 +308,7 @@ class World:
         self.rank, self.size, self.local_rank = (convert(name, os.environ.get(name, default), "int") for name, default in
                                                  (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        self.signal, self.signalled = 0, 0.0
+        self.signal, self.signalled = 0, math.inf
 
     def start(self) -> None:
         """Join the process group, NCCL for CUDA tensors and gloo for CPU tensors; listen to signals."""
@@ -326,10 +326,11 @@ class World:
                                 " or unset WORLD_SIZE") from None
 
         def receive(number: int, frame: object) -> None:
-            if self.signal and time.monotonic() - self.signalled > 2:  # sooner, it is torchrun that repeats a terminal's
+            if time.monotonic() - self.signalled > 2:  # a second one; sooner, it is torchrun that repeats the first
                 os._exit(128 + number)
-            if not self.signal:
-                self.signal, self.signalled = number, time.monotonic()
+            self.signal, self.signalled = number, min(self.signalled, time.monotonic())
+            if self.size == 1:
+                signal.signal(number, signal.SIG_DFL)  # a second one is not kept waiting by a long operation
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, receive)
 
@@ -803,7 +804,6 @@ class Head(nn.Module):
     `roles` maps each of its own parameters to its optimizer: "matrix" (Muon), "vocab" (Adam, HEAD_LR) or "scalar".
     `uses` names the settings that it reads. h_ND are normed hidden states, x_N current tokens, y_N targets, E_VD the
     token embedding. A head initialises itself, to equal the tied head at step 0 wherever that is possible."""
-
     uses: tuple[str, ...] = ()
     roles: Mapping[str, str] = {}
     products_with_E = 1  # how often it multiplies by E: its FLOPs beside those of its own parameters
@@ -840,7 +840,6 @@ class Tied(Head):
 
 class Factorized(Head):
     """cap(g C A h): a softmax bottleneck of rank R with a learned scale g (study A, H1 and H2, made trainable)."""
-
     uses = ("head_rank",)
     roles = dict(A_RD="matrix", C_VR="vocab", g="scalar")
     products_with_E = 0
@@ -857,7 +856,6 @@ class Factorized(Head):
 
 class Simplex(Head):
     """cap(g C s) with s = M softmax(S h) - 1, a point of the simplex centred and scaled (study A, H6, made trainable)."""
-
     uses = ("head_dim",)
     roles = dict(S_MD="matrix", C_VM="vocab", g="scalar")
     products_with_E = 0
@@ -879,7 +877,6 @@ class MixtureOfSoftmaxes(Head):
     """log sum_k pi_k softmax(cap(E (h + U_k V_k h))), pi = softmax(G h + b) (Yang et al. 2018; tied, low-rank).
     U = 0 starts all components at the tied head; independent V_k let their gradients differ from the first step.
     Training needs only the K target log-probabilities, so the V-wide mixture is never formed."""
-
     uses = ("head_k", "head_rank")
     roles = dict(U_KDR="matrix", V_KRD="matrix", gate_KD="scalar", gate_bias_K="scalar")
 
@@ -1411,8 +1408,7 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters] if settings.use_ema else []
         self.steps, self.clock = 0, Clock(world)
         self.grid: float | None = None  # the quantization step of late QAT, once it has begun
-        self.validated = -1  # the last step that was validated
-        self.whole = True  # False while a step changes the state
+        self.validated, self.whole = -1, True  # the last step that was validated; False while a step changes the state
 
     def step(self, batches: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
         """Train on this rank's share of one batch; the mean loss over all ranks, a tensor: nothing is waited for.
@@ -1589,7 +1585,8 @@ def read_results(pattern: str) -> tuple[list[dict], list[str]]:
             steps = max(result["step_stop"], 1)
             key = {name: value for name, value in result["settings"].items() if name not in NOT_COMPARED}
             results.append(dict(result, folder=folder, key=key, ms=1000 * result["wallclock_seconds"] / steps,
-                                bpb=float(result["val_bpb"]), bytes_total=int(result["bytes_total"])))
+                                head=result["head"], seed=result["seed"], bpb=float(result["val_bpb"]),
+                                spare=key["size_limit_bytes"] - result["bytes_total"]))
         except FileNotFoundError:
             remarks.append(f"{folder}: not finished")
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -1620,11 +1617,10 @@ def run_table(settings: Hyperparameters, world: World) -> int:
         versus = f"{np.mean(bpb) - np.mean(tied):+.5f}" if tied and bpb != tied else "-"
         if versus != "-" and min(len(bpb), len(tied)) > 1 and len({*bpb}) + len({*tied}) > 2:
             versus += " (t {:.2f}, p {:.2g})".format(*welch(bpb, tied))
-        most = max(run["bytes_total"] for run in runs)
-        over = " OVER" if most > key["size_limit_bytes"] else ""
+        over = " OVER" if min(run["spare"] for run in runs) < 0 else ""
         ms, steps = (np.mean([run[n] for run in runs]) for n in ("ms", "step_stop"))
         print(f"| {runs[0]['head']} | {differs} | {' '.join(str(run['seed']) for run in runs)} | {np.mean(bpb):.5f}{spread}"
-              f" | {versus} | {most}{over} | {ms:.1f} | {steps:.0f} |")
+              f" | {versus} | {max(run['bytes_total'] for run in runs)}{over} | {ms:.1f} | {steps:.0f} |")
     print("\n".join(["", *remarks, draw_curves(results)]))
     return 0
 

@@ -46,6 +46,9 @@ class ThreadWorld(World):
         self.device, self.rank, self.ranks = torch.device("cpu"), rank, ranks
         self.size = ranks.size if ranks else 1
 
+    def heed_together(self):
+        self.heed()
+
     def sum(self, tensor):
         return tensor.copy_(sum(self.ranks.exchange(self.rank, tensor))) if self.ranks else tensor
 

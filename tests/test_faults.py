@@ -1,0 +1,109 @@
+"""Faults while a run goes on: ranks that die, files that vanish, disks that fill, files that are damaged."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from test_runs import SMALL, data, losses, run, start, wait_for  # noqa: F401
+
+SLOW = dict(ITERATIONS=3000, RUN_ID="slow")
+
+
+def workers(process):
+    """Process ids of torchrun's ranks."""
+    out = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in out]
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_line_and_the_run_resumes(data, tmp_path):  # noqa: F811
+    settings = dict(ITERATIONS=60, RUN_ID="lost", CHECKPOINT_SECONDS=0.1)
+    process = start(tmp_path, SMALL, data, settings, ranks=2)
+    wait_for(tmp_path / "runs/lost/train.log", "step:20/", process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "train_gpt.py\", line" not in err, err
+    out, _ = run(tmp_path, SMALL, data, settings, ranks=2)
+    assert "resumed at step" in out and len(losses(tmp_path / "runs/lost")) == 60
+
+
+def test_ctrl_c_at_torchrun_saves_a_checkpoint(data, tmp_path):  # noqa: F811
+    process = start(tmp_path, SMALL, data, SLOW, ranks=2)
+    wait_for(tmp_path / "runs/slow/train.log", "step:8/", process)
+    for pid in workers(process):  # a terminal signals every process of its group, and torchrun repeats it
+        os.kill(pid, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=90)
+    assert "resume with:" in out and (tmp_path / "runs/slow/checkpoint.pt").exists(), out + err
+
+
+def test_a_second_signal_stops_at_once(data, tmp_path):  # noqa: F811
+    heavy = dict(SLOW, TRAIN_SEQ_LEN=1024, TRAIN_BATCH_TOKENS=1024 * 256, MICRO_BATCH_TOKENS=1024 * 256)
+    process = start(tmp_path, SMALL, data, heavy)  # one micro-batch takes many seconds, and inside none is a signal heeded
+    wait_for(tmp_path / "runs/slow/train.log", "model_params", process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode in (143, -signal.SIGTERM) and not (tmp_path / "runs/slow/checkpoint.pt").exists()
+
+
+def test_a_folder_that_vanishes_stops_the_run_in_one_line(data, tmp_path):  # noqa: F811
+    process = start(tmp_path, SMALL, data, SLOW)
+    wait_for(tmp_path / "runs/slow/train.log", "step:8/", process)
+    shutil.rmtree(tmp_path / "runs")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and re.fullmatch(r"error: runs/slow/\S+: cannot be written \(.*\n", err), err
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "submission.json"])
+def test_damaged_files_of_an_earlier_run_are_named(name, data, tmp_path):  # noqa: F811
+    (tmp_path / "runs/one").mkdir(parents=True)
+    (tmp_path / "runs/one" / name).write_bytes(b"\x00\x01 not what it should be")
+    _, err = run(tmp_path, SMALL, data, dict(RUN_ID="one"), code=2)
+    assert err.startswith("error: runs/one: holds a damaged") and err.count("\n") == 1
+
+
+def test_a_read_only_place_is_an_error_before_training(data, tmp_path):  # noqa: F811
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    _, err = run(tmp_path, SMALL, data, dict(RUN_ID="one"), code=2)
+    assert err.startswith("error: runs/one: cannot be written") and err.count("\n") == 1
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A mounted tmpfs of 3 MB; skips where mounting is not allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_found_before_training_or_stops_the_run_in_one_line(data, tiny_disk):  # noqa: F811
+    _, err = run(tiny_disk, SMALL, data, dict(RUN_ID="one"), code=2)
+    assert re.fullmatch(r"error: runs/one: has less than \d+ bytes free; .*\n", err), err
+    (tiny_disk / "fill").write_bytes(b"x" * 2_900_000)
+    _, err = run(tiny_disk, SMALL, data, dict(RUN_ID="two", SIZE_LIMIT_BYTES=1000), code=2)
+    assert re.fullmatch(r"error: runs/two/\S+: cannot be written \(No space left on device\); .*\n", err), err
+    assert not list((tiny_disk / "runs/two").glob("*.ptz")) and not list((tiny_disk / "runs/two").glob("*.part"))
+
+
+def test_a_world_that_cannot_meet_is_an_error(data, tmp_path):  # noqa: F811
+    _, err = run(tmp_path, SMALL, data, dict(WORLD_SIZE=2), code=2)
+    assert err.startswith("error: WORLD_SIZE=2: the ranks cannot meet") and err.count("\n") == 1
+
+
+def test_a_sweep_started_twice_in_parallel_repeats_and_loses_nothing(data, tmp_path):  # noqa: F811
+    names = ["p0", "p1", "p2"]
+    loops = [[start(tmp_path, SMALL, data, dict(RUN_ID=name, SEED=i)) for i, name in enumerate(names)] for _ in range(2)]
+    for process in (p for loop in loops for p in loop):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode in (0, 2) and (process.returncode == 0 or "in progress" in err), err
+    for name in names:
+        assert (tmp_path / "runs" / name / "submission.json").exists() and len(losses(tmp_path / "runs" / name)) == 6

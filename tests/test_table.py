@@ -1,0 +1,94 @@
+"""MODE=table: what it computes, and what it says about runs that it cannot compare."""
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+import train_gpt as tg
+
+values = st.lists(st.floats(0.9, 1.5), min_size=2, max_size=6).filter(lambda v: np.std(v) > 1e-4)
+
+
+@given(values, values)
+def test_welch_equals_scipy(a, b):
+    t, p = tg.welch(a, b)
+    want = stats.ttest_ind(a, b, equal_var=False)
+    assert t == pytest.approx(want.statistic, rel=1e-9, abs=1e-9)
+    assert p == pytest.approx(want.pvalue, rel=1e-3, abs=1e-6)
+
+
+def finished(root, name, head="tied", seed=1, bpb=1.5, **changes):
+    folder = root / "runs" / name
+    folder.mkdir(parents=True)
+    settings = dict(json.loads(json.dumps(tg.dataclasses.asdict(tg.Hyperparameters()))), head_type=head, seed=seed, run_id=name)
+    result = dict(val_bpb=bpb, head=head, seed=seed, step_stop=100, wallclock_seconds=20.0, bytes_total=15_900_000,
+                  source_sha256="a" * 64, data_sha256="d" * 64, hardware="1 x CPU", pytorch_version="2.13.0", settings=settings)
+    result.update({k: v for k, v in changes.items() if k in result})
+    result["settings"].update({k: v for k, v in changes.items() if k in settings})
+    (folder / "submission.json").write_text(json.dumps(result))
+    (folder / "metrics.jsonl").write_text("".join(
+        json.dumps(dict(kind="train", step=i, train_loss=7 / i, train_seconds=i)) + "\n" for i in range(1, 9)))
+
+
+def table(root, run):
+    out = run({"MODE": "table", "RUNS": "runs/*"}, cwd=root)
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
+def test_rows_group_seeds_and_test_heads_against_tied(tmp_path, run):
+    for seed, a, b in ((42, 1.500, 1.490), (1337, 1.502, 1.493), (2024, 1.501, 1.491)):
+        finished(tmp_path, f"tied-{seed}", seed=seed, bpb=a)
+        finished(tmp_path, f"mos-{seed}", head="mos", seed=seed, bpb=b, head_k=4)
+    rows = [line for line in table(tmp_path, run).splitlines() if line.startswith("| ")]
+    want = stats.ttest_ind([1.490, 1.493, 1.491], [1.500, 1.502, 1.501], equal_var=False)
+    mos = next(row for row in rows if row.startswith("| mos "))
+    assert "HEAD_K=4" in mos and "1337 2024 42" in mos and "1.49133 +- 0.00153" in mos and "-0.00967" in mos
+    assert f"(t {want.statistic:.2f}, p {want.pvalue:.2g})" in mos
+    assert "| 15900000 | 200.0 | 100 |" in mos
+    tied = next(row for row in rows if row.startswith("| tied "))
+    assert "| - |" in tied and len(rows) == 3
+
+
+def test_one_seed_gets_no_p_value_and_an_artifact_over_the_cap_is_marked(tmp_path, run):
+    finished(tmp_path, "a")
+    finished(tmp_path, "b", head="simplex", bpb=2.0, bytes_total=16_000_001)
+    row = next(line for line in table(tmp_path, run).splitlines() if line.startswith("| simplex"))
+    assert "+0.50000 |" in row and "16000001 OVER" in row and " p " not in row
+
+
+def test_unfinished_and_corrupt_runs_are_named_and_do_not_stop_the_table(tmp_path, run):
+    finished(tmp_path, "good")
+    texts = dict(cut='{"val_bpb": 1.', other="[1, 2]", old='{"val_bpb": 1.4}', odd='{"settings": 3, "step_stop": 1}')
+    for name, text in texts.items():
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "submission.json").write_text(text)
+    (tmp_path / "runs" / "busy").mkdir()
+    out = table(tmp_path, run)
+    assert out.count("| tied ") == 1 and "runs/busy: not finished" in out
+    for name in ("cut", "other", "old", "odd"):
+        assert f"runs/{name}: its submission.json cannot be read" in out
+
+
+def test_differences_of_source_data_and_machine_are_said(tmp_path, run):
+    finished(tmp_path, "a")
+    finished(tmp_path, "b", seed=2, source_sha256="b" * 64, data_sha256="e" * 64, hardware="8 x H100")
+    out = table(tmp_path, run)
+    for name in ("source_sha256", "data_sha256", "hardware"):
+        assert f"the runs differ in {name}" in out
+    assert "differ in pytorch_version" not in out
+
+
+def test_learning_curves_are_drawn_or_it_says_why_not(tmp_path, run):
+    finished(tmp_path, "a")
+    out = table(tmp_path, run)
+    drawn = (tmp_path / "runs/learning_curves.png").exists()
+    assert ("learning curves: runs/learning_curves.png" in out) if drawn else ("matplotlib is not installed" in out)
+
+
+def test_no_run_at_all_is_an_error(tmp_path, run):
+    out = run({"MODE": "table", "RUNS": "nothing/*"}, cwd=tmp_path)
+    assert out.returncode == 2 and out.stderr == "error: RUNS=nothing/*: matches no finished run\n"
