@@ -69,16 +69,14 @@ class Hyperparameters:
     """All settings of a run. The defaults are the `study` preset; the variable of a field is its name in capitals."""
     # The run
     mode: str = setting("train", "what to do", choices=("train", "eval", "table", "bench"))
-    preset: str = setting("study", "set of defaults: study A's stack, study B's baseline, a small CPU model",
-                          choices=("study", "pilot", "demo"))
+    preset: str = setting("study", "defaults: study A's, study B's, a CPU's", choices=("study", "pilot", "demo"))
     run_id: str = setting("", "folder under runs/; empty: time, head and seed")
     seed: int = setting(1337, "seed of the initial weights", 0, 2**32 - 1)
     author: str = setting("", "author named in submission.json")
     github_id: str = setting("", "GitHub account named in submission.json")
     allow_near_misses: bool = setting(False, "accept variables that look like misspelt settings")
     # Data
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024",
-                             "folder of fineweb_{train,val}_*.bin shards, or `demo`: built from Python's own docs")
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin, or `demo`: Python's docs")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     vocab_size: int = model_setting(1024, "tokens in the vocabulary", 2, 65536)
     # Trunk
@@ -101,8 +99,7 @@ class Hyperparameters:
     ve_dim: int = model_setting(128, "width of the value embedding table", 1, 65536)
     ve_layers: str = model_setting("9,10", "layers with a value embedding, from 0, separated by commas")
     logit_softcap: float = model_setting(30.0, "c in c tanh(z / c) on the logits; 0: no cap", 0.0, 1e6)
-    init_type: str = model_setting("ortho", "initial matrices: orthogonal, or PyTorch's with zero output projections",
-                                   choices=("ortho", "default"))
+    init_type: str = model_setting("ortho", "orthogonal, or PyTorch's own with zero output projections", choices=("ortho", "default"))
     tied_embed_init_std: float = model_setting(0.005, "standard deviation of the initial token embedding", 1e-9, 10.0)
     # Head
     head_type: str = model_setting("tied", "output head")  # its choices are the keys of HEADS
@@ -121,10 +118,9 @@ class Hyperparameters:
     val_loss_every: int = setting(0, "steps between validations; 0: at the end only", 0, 2**40)
     train_log_every: int = setting(200, "steps between log lines; 0: none", 0, 2**40)
     checkpoint_seconds: float = setting(0.0, "seconds between checkpoints; 0: at signals and at the end only", 0.0, 1e9)
-    compute_dtype: str = setting("auto", "arithmetic of matrix products; auto: bf16 where the chip has it",
-                                 choices=("auto", "bf16", "fp32"), scope="eval")
-    compile: str = setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
-    use_fa3: bool = setting(False, "flash-attention 3 (package flash_attn_interface) on CUDA; off: PyTorch's SDPA")
+    compute_dtype: str = setting("auto", "of products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), scope="eval")
+    compile: str = setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"), scope="eval")
+    use_fa3: bool = setting(False, "flash-attention 3 (package flash_attn_interface) on CUDA; off: PyTorch's SDPA", scope="eval")
     # Optimizers
     matrix_lr: float = setting(0.025, "Muon's learning rate: matrices of the trunk and the head", 0.0, 100.0)
     scalar_lr: float = setting(0.025, "Adam's learning rate: scales, gains, gates, biases", 0.0, 100.0)
@@ -149,8 +145,7 @@ class Hyperparameters:
     eval_split: str = setting("val", "split that is scored", choices=("val", "test"))
     artifact: str = setting("", "artifact to score (MODE=eval)")
     runs: str = setting("runs/*", "folders of the runs to compare (MODE=table)")
-    compress_algo: str = setting("zlib", "codec of the artifact; zlib is deflate, Huffman only",
-                                 choices=("zlib", "zstd"), scope="eval")
+    compress_algo: str = setting("zlib", "codec; zlib is deflate, Huffman only", choices=("zlib", "zstd"), scope="eval")
     size_limit_bytes: int = setting(16_000_000, "cap on this script's bytes plus the artifact's", 1, 2**50)
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -174,8 +169,7 @@ PUBLISHED_CONSTANTS = dict(
     QUANT_BITS_MIDDLE="6", QUANT_BITS_MLP="6", MUON_BACKEND_STEPS="5", FLASH_ATTN_BACKEND="fa3",
     FLASH_ATTN_STRICT="1", FLASH_ATTN_ARCH_LIST="9.0")
 # The studies' own names of ours, and their switches, which `translate` explains.
-ALIASES = dict(MIXTURE_SOFTMAX_K="HEAD_K", MIXTURE_RANK_DIM="HEAD_RANK", SIMPLEX_DIM="HEAD_DIM", MOS_K="HEAD_K",
-               MOS_RANK="HEAD_RANK")
+ALIASES = dict(MIXTURE_SOFTMAX_K="HEAD_K", MIXTURE_RANK_DIM="HEAD_RANK", SIMPLEX_DIM="HEAD_DIM", MOS_K="HEAD_K", MOS_RANK="HEAD_RANK")
 STUDY_HEADS = dict(standard="tied", mixture_softmax="mos")
 STUDY_B = ("USE_MOS", "MOS_K", "MOS_RANK")
 SWITCHES = dict(RANK_DIM="int", USE_MOS="bool", SKIP_COMPILE="bool")
@@ -292,6 +286,7 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
     need(s.train_batch_tokens % s.train_seq_len == 0, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={s.train_seq_len}")
     need(s.micro_batch_tokens == 0 or s.micro_batch_tokens >= s.train_seq_len, "MICRO_BATCH_TOKENS",
          f"be 0 or hold a sequence, TRAIN_SEQ_LEN={s.train_seq_len}")
+    need(not s.use_fa3 or s.compute_dtype != "fp32", "COMPUTE_DTYPE", "be auto or bf16 with USE_FA3=1")
     need(s.eval_stride <= s.train_seq_len, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={s.train_seq_len}")
     need(s.run_id == "" or re.fullmatch(r"[\w.-]{1,200}", s.run_id, re.ASCII) and s.run_id.strip("."), "RUN_ID",
          "be a folder name of letters, digits, '.', '_' and '-'")
@@ -320,7 +315,7 @@ class World:
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
-                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=2))
+                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"WORLD_SIZE={self.size}: the ranks cannot meet ({error}); start them with torchrun,"
                                 " or unset WORLD_SIZE") from None
@@ -583,7 +578,7 @@ def unigram_bpb(train: Shards, val_N: Tensor, byte_counts: ByteCounts) -> float:
     return (bits_V.to(val_N.device)[val_N[1:]].sum() / bytes_N.sum()).item()
 
 # ---- Trunk: from tokens to the final normed hidden states -----------------------------------------------------------
-NORM_EPS = 1e-7  # explicit: PyTorch's default depends on the dtype and would damp small embeddings in bf16
+NORM_EPS = 1e-7  # explicit, so that it does not depend on the dtype
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, without a gain."""
@@ -631,6 +626,8 @@ def attention_kernel(settings: Hyperparameters) -> Callable[[Tensor, Tensor, Ten
     PyTorch's SDPA, or flash-attention 3 (Shah et al. 2024) with USE_FA3=1 on CUDA: UserError without its package."""
     def sdpa(*qkv: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in qkv)
+        if q.is_cuda and q.dtype.itemsize > 2:  # there, only the 16-bit kernels know grouped heads
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
     if not (settings.use_fa3 and torch.cuda.is_available()):
         return sdpa
@@ -638,7 +635,7 @@ def attention_kernel(settings: Hyperparameters) -> Callable[[Tensor, Tensor, Ten
         from flash_attn_interface import flash_attn_func
     except ImportError:
         raise UserError("USE_FA3=1: the package flash_attn_interface is not installed; install it or set USE_FA3=0") from None
-    return lambda q, k, v: flash_attn_func(q, k, v, causal=True)
+    return lambda q, k, v: flash_attn_func(q, k, v, causal=True) if q.is_cuda else sdpa(q, k, v)
 
 class Attention(nn.Module):
     """Grouped-query attention with RMS-normed queries and keys; `exclusive` removes each token's own value direction."""
@@ -978,10 +975,9 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: GPT, settings: Hyperparameters, world: World) -> list[torch.optim.Optimizer]:
     """Muon and Adam over all trainable parameters, by role; every group carries its unscaled rate as `base_lr`."""
-    by_role: dict[str, list[nn.Parameter]] = dict(embed=[], vocab=[], scalar=[], matrix=[])
     roles = parameter_roles(model)
-    for name, parameter in model.named_parameters():
-        by_role[roles[name]].append(parameter)
+    by_role = {role: [p for name, p in model.named_parameters() if roles[name] == role]
+               for role in ("embed", "vocab", "scalar", "matrix")}
     rates = dict(embed=settings.tied_embed_lr, vocab=settings.head_lr, scalar=settings.scalar_lr)
     adam = torch.optim.AdamW([dict(params=by_role[role], lr=lr) for role, lr in rates.items() if by_role[role]],
                              betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
@@ -1043,14 +1039,14 @@ def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int,
         inside = (index[:, 1:] < end)[:, -scored:].double()  # positions beyond the end are never scored
         text_bytes = byte_counts(x[:, -scored:], y[:, -scored:])
         total += torch.stack(((nll(x, y, scored) * inside).sum(), (text_bytes * inside).sum(), inside.sum()))
-    nats, text_bytes, count = world.sum(total).tolist()
+    nats, text_bytes, count = world.sum(total.cpu()).tolist()
     return nats / count, nats / math.log(2) / text_bytes
 
 def window_batches(windows: int, stride: int, end: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, int]]:
     """This rank's windows: their first tokens, starts_B, and the number of targets that each scores.
     The first window scores T targets, each later one `stride`. All batches have one shape, so that compiled code is
     reused: the last is filled up with empty windows, which start at the end."""
-    limit = s.micro_batch_tokens or (131072 if world.device.type == "cuda" else 16384)
+    limit = 131072 if world.device.type == "cuda" else 16384
     B = max(1, min(s.val_batch_size // world.size, limit) // s.train_seq_len)
     first = 0 if stride == s.train_seq_len else 1
     if first and world.rank == 0:
@@ -1071,7 +1067,7 @@ FINER = 8.0  # vocabulary-side matrices are the most sensitive: their step is th
 KINDS = dict(int8=torch.int8, int16=torch.int16, float16=torch.float16, float32=torch.float32)
 
 def is_matrix(weight: Tensor) -> bool:
-    """Matrices and stacks of them are rounded; vectors and the few rows of scales are not."""
+    """Matrices and stacks of them are rounded; vectors and the few rows of scales and gates are not."""
     return weight.ndim >= 2 and min(weight.shape[-2:]) >= 16
 
 def kind_of(weight: Tensor, role: str) -> str:
@@ -1221,9 +1217,9 @@ def unpack(blob: bytes, where: object) -> tuple[dict[str, object], dict[str, Ten
     try:
         return decode(blob)
     except UserError as error:
-        raise UserError(f"ARTIFACT={where}: was made for settings that this program refuses ({error})") from None
+        raise UserError(f"ARTIFACT={where}: was made for settings that this program refuses ({ascii(str(error))[:300]})") from None
     except Exception as error:  # whatever a hostile file can provoke in json, struct, zlib or zstandard
-        raise UserError(f"ARTIFACT={where}: is no artifact of this program, or a damaged one ({error})") from None
+        raise UserError(f"ARTIFACT={where}: is no artifact of this program, or a damaged one ({ascii(str(error))[:300]})") from None
 
 def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
     """See unpack; raises anything. All lengths are checked against the file and the model before a weight is read."""
@@ -1234,8 +1230,10 @@ def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
         raise ValueError("checksum mismatch")
     end = 4 + struct.unpack("<I", body[:4])[0]
     header = json.loads(bytes(body[4:end]))
+    if header["settings"].keys() != {field.name for field in fields().values() if field.metadata["scope"] != "run"}:
+        raise ValueError("its settings are not those of this program")
     settings = {name: parse(name.upper(), str(int(value) if isinstance(value, bool) else value))
-                for name, value in header["settings"].items() if fields()[name.upper()].metadata["scope"] != "run"}
+                for name, value in header["settings"].items()}
     layout = [(name, KINDS[kind], tuple(shape)) for name, kind, shape in header["tensors"]]
     if len({name for name, _, _ in layout}) < len(layout):
         raise ValueError("two tensors bear one name")
@@ -1460,9 +1458,8 @@ class Trainer:
         self.steps, self.grid, self.validated = state["steps"], state["grid"], state["validated"]
         self.clock = Clock(self.world, state["seconds"])
         with torch.no_grad():
-            for mine, saved in ((self.parameters, state["parameters"]), (self.average, state["average"])):
-                for tensor, value in zip(mine, saved):
-                    tensor.copy_(value)
+            for tensor, saved in zip((*self.parameters, *self.average), (*state["parameters"], *state["average"])):
+                tensor.copy_(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
 
@@ -1473,13 +1470,20 @@ def save_checkpoint(trainer: Trainer, log: RunLog) -> None:
         torch.save(dict(trainer.state(), settings=dataclasses.asdict(trainer.settings), sizes=log.sizes()), buffer)
         write_whole(log.folder / "checkpoint.pt", buffer.getvalue())
 
-def check_finite(loss: Tensor | float, step: int, log: RunLog) -> float:
-    """The loss as a number; UserError where it is none."""
-    if not math.isfinite(value := float(loss)):
+def later(value: Tensor) -> Callable[[], float]:
+    """Starts to copy a scalar to the host; the call waits for that copy, not for the work queued behind it."""
+    host, event = value.to("cpu", non_blocking=True), torch.cuda.Event() if value.is_cuda else None
+    if event is not None:
+        event.record()
+    return lambda: (event is None or event.synchronize(), host.item())[1]
+
+def check_finite(loss: float, step: int, log: RunLog) -> float:
+    """The loss; UserError where it is no number."""
+    if not math.isfinite(loss):
         saved = Path(log.folder or "") / "checkpoint.pt"
-        raise UserError(f"step {step}: the loss is {value}; no artifact is written; lower the learning rates; the last good"
+        raise UserError(f"step {step}: the loss is {loss}; no artifact is written; lower the learning rates; the last good"
                         f" checkpoint: {saved if saved.exists() else 'none'}")
-    return value
+    return loss
 
 def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], None], log: RunLog) -> None:
     """Train until ITERATIONS or the time cap; ends with a checkpoint."""
@@ -1503,13 +1507,13 @@ def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], Non
         scale = learning_rate_scale(trainer.steps, seconds, s)
         if s.late_qat and trainer.grid is None and scale < s.qat_threshold:
             trainer.grid = late_grid(trainer, log)
-        before, loss = loss, trainer.step(train_batch(shards, trainer.steps, s, world), scale)
-        if before is not None:  # reading it waits for the step before: the host runs one step ahead, no more
-            last, value = value, check_finite(before, trainer.steps - 1, log)
+        before, loss = loss, later(trainer.step(train_batch(shards, trainer.steps, s, world), scale))
+        if before is not None:  # waits for the step before: the host runs one step ahead, no more
+            last, value = value, check_finite(before(), trainer.steps - 1, log)
             if value > last + 1:
                 log.write(f"loss_spike: step:{trainer.steps - 1} train_loss:{last:.4f} -> {value:.4f}")
         if s.train_log_every and (trainer.steps <= 10 or trainer.steps % s.train_log_every == 0):
-            log_step(log, trainer.steps, check_finite(loss, trainer.steps, log), clock.seconds(), scale, s)
+            log_step(log, trainer.steps, check_finite(loss(), trainer.steps, log), clock.seconds(), scale, s)
     clock.stop()
     save_checkpoint(trainer, log)
 
@@ -1692,7 +1696,7 @@ def export(weights: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hy
                      f"Total submission size int8+{codec}: {code + packed} bytes",
                      f"size_limit: {settings.size_limit_bytes} bytes headroom: {settings.size_limit_bytes - code - packed} bytes"):
             log.write(line)
-    return int(world.agree(float(packed)))
+    return world.agree(packed)
 
 def run_train(settings: Hyperparameters, world: World) -> int:
     """MODE=train: claim the folder, resume or start, train, finish. Exit code 0, 3 above the size limit, 128 + signal."""
@@ -1727,10 +1731,10 @@ def start_or_resume(trainer: Trainer, shards: Shards, validation: Validation, st
         log.write(f"data: {s.data_path} train_tokens:{len(shards)} {s.eval_split}_tokens:{len(validation[0])}"
                   f" data_sha256:{data_hash(shards, validation[0])} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}")
         log.write(f"model_params:{sum(p.numel() for p in trainer.parameters)}")
-    trainer.warm_up(shards)
     if state is not None:
         trainer.restore(state)
         log.write(f"resumed at step {trainer.steps}")
+    trainer.warm_up(shards)
 
     def validate(step: int, seconds: float) -> None:
         loss, bpb = evaluate(trainer.model, *validation, 0, s, world)
