@@ -107,9 +107,9 @@ class Hyperparameters:
     head_rank: int = model_setting(64, "rank of the head's own factors", 1, 65536)
     head_dim: int = model_setting(128, "corners of the simplex", 2, 65536)
     # Training
-    train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", 1, 2**40)
+    train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", 1, 2**30)
     train_seq_len: int = model_setting(2048, "tokens a sequence, in training and evaluation", 1, 2**24)
-    micro_batch_tokens: int = setting(0, "tokens of one forward pass on one rank; 0: 131072 on CUDA, else 4096", 0, 2**40)
+    micro_batch_tokens: int = setting(0, "tokens of one forward pass on one rank; 0: 131072 on CUDA, else 4096", 0, 2**30)
     iterations: int = setting(20000, "steps at most; 0: export and score the untrained model", 0, 2**40)
     max_wallclock_seconds: float = setting(600.0, "cap on training time, seconds; 0: none", 0.0, 1e9)
     warmup_steps: int = setting(20, "steps that prime the compiled code, then are undone; outside the cap", 0, 10000)
@@ -141,7 +141,7 @@ class Hyperparameters:
     qat_threshold: float = setting(0.15, "learning-rate scale below which late QAT starts", 0.0, 1.0)
     # Evaluation and artifact
     eval_stride: int = setting(64, "tokens scored a window in the final evaluation; 0: TRAIN_SEQ_LEN", 0, 2**24, scope="eval")
-    val_batch_size: int = setting(524288, "tokens of one evaluation batch, over all ranks", 1, 2**40, scope="eval")
+    val_batch_size: int = setting(524288, "tokens of one evaluation batch, over all ranks", 1, 2**30, scope="eval")
     eval_split: str = setting("val", "split that is scored", choices=("val", "test"))
     artifact: str = setting("", "artifact to score (MODE=eval)")
     runs: str = setting("runs/*", "folders of the runs to compare (MODE=table)")
@@ -179,8 +179,7 @@ def fields() -> dict[str, dataclasses.Field]:
     return {field.name.upper(): field for field in dataclasses.fields(Hyperparameters)}
 
 def from_env(environ: Mapping[str, str] | None = None, defaults: Mapping[str, object] | None = None) -> Hyperparameters:
-    """Settings from environment variables: an explicit one beats `defaults`, then the preset, then the field's own.
-    Raises UserError, naming the variable, its value and the remedy."""
+    """Settings from variables, then `defaults`, then the preset, then the fields. UserError names variable, value, remedy."""
     environ = dict(os.environ if environ is None else environ)
     reject_unknown(environ)
     given = translate(environ)
@@ -204,8 +203,7 @@ def reject_unknown(environ: Mapping[str, str]) -> None:
             raise UserError(f"{name}={environ[name]}: only {name}={value} is implemented; leave it unset")
 
 def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """The settings among the variables, as (the variable that says it, its text), both studies' names translated into ours.
-    Raises UserError for a contradiction."""
+    """The settings as (the variable that says it, its text), both studies' names made ours; UserError for a contradiction."""
     given = {name: (name, environ[name]) for name in fields() if name in environ}
     head = environ.get("HEAD_TYPE", "standard")
     rank, mixed, eager = (convert(name, environ.get(name, "0"), kind) for name, kind in SWITCHES.items())
@@ -302,6 +300,8 @@ class World:
     def __init__(self) -> None:
         self.rank, self.size, self.local_rank = (convert(name, os.environ.get(name, default), "int") for name, default in
                                                  (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        if not 0 <= self.rank < self.size or self.local_rank < 0:
+            raise UserError(f"RANK={self.rank}: must lie in 0..WORLD_SIZE-1 with WORLD_SIZE={self.size}; use torchrun, or unset both")
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         self.signal, self.signalled = 0, math.inf
 
@@ -315,7 +315,7 @@ class World:
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
-                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=3))
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"WORLD_SIZE={self.size}: the ranks cannot meet ({error}); start them with torchrun,"
                                 " or unset WORLD_SIZE") from None
@@ -324,7 +324,7 @@ class World:
             if time.monotonic() - self.signalled > 2:  # a second one; sooner, it is torchrun that repeats the first
                 os._exit(128 + number)
             self.signal, self.signalled = number, min(self.signalled, time.monotonic())
-            if self.size == 1:
+            if self.size == 1 and number != signal.SIGHUP:  # a closed terminal may hang up twice
                 signal.signal(number, signal.SIG_DFL)  # a second one is not kept waiting by a long operation
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, receive)
@@ -338,8 +338,8 @@ class World:
         """Interrupted on every rank, if a signal has come to any."""
         flag = torch.tensor(self.signal)
         self.collective(dist.all_reduce, flag, dist.ReduceOp.MAX)
-        self.signal = int(flag)
-        self.heed()
+        if flag:
+            raise Interrupted(int(flag))
 
     def collective(self, operation: Callable, *arguments: object, **options: object) -> None:
         """Talk with the other ranks, if any; a failure says in one line that one is gone, or that a signal ended it."""
@@ -389,8 +389,7 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 BOS_ID = 1  # stands before every document
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-mapped tokens (uint16) of one shard: 256 little-endian int32 (magic, version, count), then the tokens.
-    Raises UserError for a file that is truncated or no shard."""
+    """Memory-mapped tokens (uint16) of a shard: 256 little-endian int32 (magic, version, count), tokens. UserError if damaged."""
     try:
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
         size = path.stat().st_size
@@ -465,8 +464,7 @@ def data_hash(train: Shards, val_N: Tensor) -> str:
     return hashlib.sha256(f"{len(train)} ".encode() + ends.tobytes() + val_N.cpu().numpy().tobytes()).hexdigest()
 
 def train_batch(shards: Shards, step: int, settings: Hyperparameters, world: World) -> list[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches (x_BT, y_BT) of a step: the same global batch for any number of ranks.
-    Step s trains on the targets s n + 1 .. (s + 1) n of the endless sequence, n = TRAIN_BATCH_TOKENS."""
+    """This rank's micro-batches (x_BT, y_BT): step s trains on the targets s n + 1 .. (s + 1) n for any number of ranks."""
     n, T = settings.train_batch_tokens, settings.train_seq_len
     tokens = shards.take(step * n, n + 1)
     share = n // T // world.size
@@ -487,7 +485,7 @@ def micro_batch_sequences(settings: Hyperparameters, world: World) -> int:
                         f" evenly among {world.size} ranks; use a multiple of {world.size * settings.train_seq_len}")
     share = sequences // world.size
     limit = settings.micro_batch_tokens or (131072 if world.device.type == "cuda" else 4096)
-    return max(B for B in range(1, share + 1) if share % B == 0 and (B == 1 or B * settings.train_seq_len <= limit))
+    return max(B for B in range(1, max(1, min(share, limit // settings.train_seq_len)) + 1) if share % B == 0)
 
 def demo_documents() -> list[str]:
     """English text that every Python has: the topics of `help()` and the docstrings of the standard library."""
@@ -536,18 +534,17 @@ def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
     """Settings with DATA_PATH=demo replaced by the cached corpus; a rank of each node builds it where it is missing."""
     if settings.data_path != "demo":
         return settings
-    folder = Path("data/demo")
+    folder = Path("data/demo" if settings.vocab_size == 1024 else f"data/demo-{settings.vocab_size}")
     if world.local_rank == 0:
         build_demo(folder, settings.vocab_size)
-    world.agree(None)  # the others wait
+    world.sum(torch.zeros(1))  # all wait for all
     return dataclasses.replace(settings, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
 
 # ---- Byte counts: how many UTF-8 bytes of text each token stands for ------------------------------------------------
 ByteCounts = Callable[[Tensor, Tensor], Tensor]  # (token before, token) -> bytes, int64, of any one shape
 
 def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteCounts:
-    """UTF-8 bytes of a token, given the token before it, as SentencePiece itself decodes them: the sum over a document
-    is the length of its decoded text, whose first piece loses its leading space.
+    """UTF-8 bytes of a token, given the one before, as SentencePiece decodes them: they add up to a document's decoded text.
     Raises UserError for a model that is missing, corrupt or of another vocabulary size."""
     if not path.is_file():
         raise UserError(f"TOKENIZER_PATH={path}: no such file")
@@ -622,8 +619,7 @@ class Rotary(nn.Module):
         return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 def attention_kernel(settings: Hyperparameters) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Causal attention of q_BTHC on k_BTGC, v_BTGC; query head h reads key-value head h // (H / G).
-    PyTorch's SDPA, or flash-attention 3 (Shah et al. 2024) with USE_FA3=1 on CUDA: UserError without its package."""
+    """Causal attention of q_BTHC on k_BTGC, v_BTGC: PyTorch's SDPA, or flash-attention 3 (Shah et al. 2024) with USE_FA3=1."""
     def sdpa(*qkv: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in qkv)
         if q.is_cuda and q.dtype.itemsize > 2:  # there, only the 16-bit kernels know grouped heads
@@ -708,8 +704,7 @@ class SmearGate(nn.Module):
         return torch.lerp(x_BTD, before, torch.sigmoid(self.gate).to(x_BTD.dtype))
 
 class BigramHash(nn.Module):
-    """Embedding of the hashed pair (x_{t-1}, x_t), projected to the width, with one factor a layer.
-    The last row stands for positions without a predecessor (the first of a sequence or of a document)."""
+    """Embedding of the hashed pair (x_{t-1}, x_t), one factor a layer; the last row is for firsts of a sequence or document."""
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
         self.table = nn.Embedding(settings.bigram_vocab_size, settings.bigram_dim)
@@ -1043,9 +1038,8 @@ def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int,
     return nats / count, nats / math.log(2) / text_bytes
 
 def window_batches(windows: int, stride: int, end: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, int]]:
-    """This rank's windows: their first tokens, starts_B, and the number of targets that each scores.
-    The first window scores T targets, each later one `stride`. All batches have one shape, so that compiled code is
-    reused: the last is filled up with empty windows, which start at the end."""
+    """This rank's windows: their first tokens, starts_B, and the targets that each scores: T in the first, then `stride`.
+    All batches have one shape, for compiled code: the last is filled up with empty windows, which start at the end."""
     limit = 131072 if world.device.type == "cuda" else 16384
     B = max(1, min(s.val_batch_size // world.size, limit) // s.train_seq_len)
     first = 0 if stride == s.train_seq_len else 1
@@ -1094,8 +1088,7 @@ def on_grid(weight: Tensor, kind: str, step: float) -> Tensor:
 
 @contextlib.contextmanager
 def rounded_weights(model: GPT, roles: Mapping[str, str], step: float | None) -> Iterator[None]:
-    """Inside, the model's matrices lie on the export's grid, so gradients are taken there (late QAT, straight-through).
-    step None: nothing happens."""
+    """Inside, matrices lie on the export's grid of this step (None: as they are); gradients are taken there (late QAT)."""
     chosen = [(p, kind_of(p, roles[name])) for name, p in model.named_parameters() if step is not None and is_matrix(p)]
     masters = [p.detach().clone() for p, _ in chosen]
     try:
@@ -1118,8 +1111,7 @@ def from_planes(raw: bytes, kind: torch.dtype) -> Tensor:
     return parts.T.contiguous().flatten().view(kind)
 
 def compress(raw: bytes, codec: str) -> bytes:
-    """Entropy coding: rounded weights hold no repeats, and higher levels that look for them code worse. So deflate runs
-    Huffman-only (any inflater reads it), zstd at level 1."""
+    """Deflate, Huffman only, or zstd level 1: rounded weights hold no repeats, and levels that look for them code worse."""
     if codec == "zstd":
         return zstd().ZstdCompressor(level=1).compress(raw)
     deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
@@ -1149,8 +1141,7 @@ def zstd():
     return zstandard
 
 def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, step: float) -> bytes:
-    """The artifact's bytes at one quantization step: a pure function of its arguments.
-    It holds all that it takes to be scored alone: weights, the model's settings and the evaluation's."""
+    """The artifact's bytes, a pure function of the arguments: weights, and the settings of the model and its evaluation."""
     tensors, integers, floats = [], [], []
     for name, weight in state.items():
         kind = kind_of(weight, roles[name])
@@ -1167,8 +1158,7 @@ def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hype
     return MAGIC + hashlib.sha256(body).digest() + body
 
 def fit(size: Callable[[float], int], limit: int) -> float:
-    """The finest quantization step with size(step) <= limit, to 0.1% of the limit; 0 where even plain rounding fits.
-    Where nothing fits, the coarsest step tried, 64 or more."""
+    """The finest quantization step with size(step) <= limit, to 0.1%; 0 if plain rounding fits; 64 or more if nothing does."""
     if size(0.0) <= limit:
         return 0.0
     low, high = 0.01, 0.02
@@ -1202,14 +1192,13 @@ def pack(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperp
 def describe_packing(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float) -> Iterator[str]:
     """A log line for each role with matrices: parameters, bytes a parameter, relative squared error."""
     for role in dict.fromkeys(roles.values()):
-        weights = [(weight.detach().float().cpu(), kind_of(weight, role)) for name, weight in state.items()
-                   if roles[name] == role and is_matrix(weight)]
+        weights = [weight.float().cpu() for name, weight in state.items() if roles[name] == role and is_matrix(weight)]
         if weights:
-            raw = b"".join(planes(to_grid(weight, kind, step)[0].to(KINDS[kind])) for weight, kind in weights)
-            count = sum(weight.numel() for weight, _ in weights)
-            error = sum((on_grid(weight, kind, step) - weight).square().sum().item() for weight, kind in weights)
-            energy = sum(weight.square().sum().item() for weight, _ in weights)
-            yield (f"quantized {role}: {count} parameters as {weights[0][1]}, step {step:.4g}, bytes a parameter: deflate"
+            kind, count = kind_of(weights[0], role), sum(weight.numel() for weight in weights)
+            raw = b"".join(planes(to_grid(weight, kind, step)[0].to(KINDS[kind])) for weight in weights)
+            error, energy = (sum(x.square().sum().item() for x in tensors) for tensors in
+                             ((on_grid(weight, kind, step) - weight for weight in weights), weights))
+            yield (f"quantized {role}: {count} parameters as {kind}, step {step:.4g}, bytes a parameter: deflate"
                    f" {len(compress(raw, 'zlib')) / count:.4f}, relative squared error {error / max(energy, 1e-30):.3g}")
 
 def unpack(blob: bytes, where: object) -> tuple[dict[str, object], dict[str, Tensor]]:
@@ -1278,6 +1267,7 @@ def compute_dtype(settings: Hyperparameters, world: World) -> torch.dtype:
     return dict(auto=torch.bfloat16 if fast else torch.float32, bf16=torch.bfloat16, fp32=torch.float32)[settings.compute_dtype]
 
 # ---- Log and files: everything of a run lies in runs/<RUN_ID>/ ------------------------------------------------------
+@functools.cache
 def source() -> bytes:
     """This script's own bytes: they count against the size limit."""
     return Path(__file__).read_bytes()
@@ -1306,10 +1296,11 @@ class RunLog:
         if self.folder is None:
             return
         if console:
-            print(line, flush=True)
+            with contextlib.suppress(OSError, UnicodeError):  # the console may be gone; the log is not
+                print(line, flush=True)
         for name, text in (("train.log", line), ("metrics.jsonl", json.dumps(metrics) if metrics else None)):
             if text is not None:
-                with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as out:
+                with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as out:
                     out.write(text + "\n")
 
     def sizes(self) -> dict[str, int]:
@@ -1363,8 +1354,10 @@ def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict |
         try:
             if (folder / "submission.json").exists():
                 result = json.loads((folder / "submission.json").read_text())
+                result["settings"].items(), result["val_bpb"] + result["bytes_total"]
             elif (folder / "checkpoint.pt").exists():
                 state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+                state["settings"].items(), state["sizes"].items()
         except Exception as error:  # whatever a damaged file can provoke
             raise UserError(f"{folder}: holds a damaged submission.json or checkpoint.pt ({type(error).__name__});"
                             " delete it or choose another RUN_ID") from None
@@ -1409,8 +1402,7 @@ class Trainer:
         self.validated, self.whole = -1, True  # the last step that was validated; False while a step changes the state
 
     def step(self, batches: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
-        """Train on this rank's share of one batch; the mean loss over all ranks, a tensor: nothing is waited for.
-        Interrupted leaves everything as it was before the step."""
+        """Train on this rank's share of a batch; the mean loss over all ranks. Interrupted leaves all as it was before."""
         s, total = self.settings, torch.zeros((), device=self.world.device)
         with rounded_weights(self.model, self.roles, self.grid):
             for x_BT, y_BT in batches:
@@ -1421,8 +1413,8 @@ class Trainer:
         if self.steps == 0:
             require_gradients(self.model)
         self.world.average([p.grad for p in self.parameters] + [total])
-        if s.grad_clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters, s.grad_clip_norm)
+        if s.grad_clip_norm:  # a norm of inf or nan makes the loss nan, so that it is noticed without waiting for it here
+            total += 0 * torch.nn.utils.clip_grad_norm_(self.parameters, s.grad_clip_norm)
         self.whole = False
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -1515,7 +1507,10 @@ def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], Non
         if s.train_log_every and (trainer.steps <= 10 or trainer.steps % s.train_log_every == 0):
             log_step(log, trainer.steps, check_finite(loss(), trainer.steps, log), clock.seconds(), scale, s)
     clock.stop()
-    save_checkpoint(trainer, log)
+    try:
+        save_checkpoint(trainer, log)
+    except UserError as error:  # a disk too full for a checkpoint may still hold the artifact
+        log.write(f"no checkpoint: {error}")
 
 def late_grid(trainer: Trainer, log: RunLog) -> float:
     """The quantization step at which the present weights would fit the cap: what late QAT rounds to."""
@@ -1583,7 +1578,7 @@ def welch(a: list[float], b: list[float]) -> tuple[float, float]:
 def read_results(pattern: str) -> tuple[list[dict], list[str]]:
     """The results of finished runs, and a line about each folder that holds none."""
     results, remarks = [], []
-    for folder in sorted(map(Path, glob.glob(pattern))):
+    for folder in sorted(filter(Path.is_dir, map(Path, glob.glob(pattern)))):
         try:
             result = json.loads((folder / "submission.json").read_text())
             steps = max(result["step_stop"], 1)
@@ -1611,11 +1606,12 @@ def run_table(settings: Hyperparameters, world: World) -> int:
         groups.setdefault(json.dumps(result["key"], sort_keys=True), []).append(result)
     keys = [runs[0]["key"] for runs in groups.values()]
     differing = [n for n in dict.fromkeys(n for key in keys for n in key) if len({json.dumps(key.get(n)) for key in keys}) > 1]
-    tied = [run["bpb"] for run in max((runs for runs in groups.values() if runs[0]["head"] == "tied"), key=len, default=[])]
     print("| head | settings that differ | seeds | val_bpb mean +- std | against tied (Welch) | bytes | ms/step | steps |")
     print("|---" * 8 + "|")
     for runs in groups.values():
         bpb, key = [run["bpb"] for run in runs], runs[0]["key"]
+        alike = {id(g): sum(g[0]["key"].get(n) == key[n] for n in key) for g in groups.values() if g[0]["head"] == "tied"}
+        tied = [run["bpb"] for run in max((g for g in groups.values() if id(g) in alike), key=lambda g: alike[id(g)], default=[])]
         differs = " ".join(f"{n.upper()}={key.get(n)}" for n in differing if n != "head_type")
         spread = f" +- {np.std(bpb, ddof=1):.5f}" if len(runs) > 1 else ""
         versus = f"{np.mean(bpb) - np.mean(tied):+.5f}" if tied and bpb != tied else "-"
@@ -1637,7 +1633,7 @@ def draw_curves(results: list[dict]) -> str:
     path, figure = results[0]["folder"].parent / "learning_curves.png", Figure(figsize=(9, 6))
     axes = figure.add_subplot(xlabel="seconds of training", ylabel="training loss (nats a token)")
     for result in results:
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             records = map(json.loads, (result["folder"] / "metrics.jsonl").read_text().splitlines())
             points = [(record["train_seconds"], record["train_loss"]) for record in records if record["kind"] == "train"]
             axes.plot(*zip(*points), label=result["folder"].name)
@@ -1703,6 +1699,7 @@ def run_train(settings: Hyperparameters, world: World) -> int:
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}-{settings.head_type}-{settings.seed}"
     settings = dataclasses.replace(prepare_demo(settings, world), run_id=settings.run_id or world.agree(stamp))
     micro_batch_sequences(settings, world)
+    compress(b"", settings.compress_algo)  # a missing codec is found now
     shards = Shards(Path(settings.data_path), "train", settings.vocab_size)
     validation = load_validation(settings, world)
     folder = Path("runs") / settings.run_id
@@ -1753,6 +1750,7 @@ def finish(trainer: Trainer, validation: Validation, data: str, folder: Path, lo
     log.write(peak_memory(world))
     weights = dict(zip(trainer.roles, trainer.average or [p.detach() for p in trainer.parameters]))
     pre_loss, pre_bpb, _ = score(build_model(s, world, weights), *validation, s, world)
+    check_finite(pre_loss, trainer.steps, log)
     log.write(f"pre_quant val_loss:{pre_loss:.8f} val_bpb:{pre_bpb:.8f}")
     packed = export(weights, trainer.roles, s, world, log)
     loss, bpb, eval_seconds = score(load_artifact(folder / "final_model.int8.ptz", s, world), *validation, s, world)
@@ -1784,17 +1782,18 @@ def main() -> int:
         world.start()
         code = dict(train=run_train, eval=run_eval, table=run_table, bench=bench)[settings.mode](settings, world)
         world.close()
-    except UserError as error:
+    except (UserError, OSError, Interrupted) as stop:
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)  # rank 0 speaks first; torchrun then ends this process
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+            time.sleep(10)  # rank 0 speaks and saves first; torchrun then ends this process
+        if isinstance(stop, Interrupted):
+            return 128 + stop.args[0]
+        print("error:", " ".join(str(stop).split()), file=sys.stderr, flush=True)
         code = 2
-    except Interrupted as stop:
-        code = 128 + stop.args[0]
     return code
 
 if __name__ == "__main__":
     exit_code = main()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(exit_code)  # a process group that lost a rank would abort in Python's own teardown

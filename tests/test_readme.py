@@ -23,7 +23,7 @@ def row(name: str, field) -> str:
     if field.type == "bool":
         allowed = "0, 1"
     elif meta["low"] is not None:
-        allowed = f"{meta['low']:g} .. {meta['high']:g}"
+        allowed = f"{meta['low']} .. {meta['high']}"
     changed = [f"{preset} {text(values[field.name])}" for preset, values in train_gpt.PRESETS.items()
                if field.name in values]
     default = f"`{text(field.default)}`" if field.default != "" else "empty"
