@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -103,15 +104,20 @@ class Hyperparameters:
     tied_embed_init_std: float = model_setting(0.005, "standard deviation of the initial token embedding", 1e-9, 10.0)
     # Head
     head_type: str = model_setting("tied", "output head")  # its choices are the keys of HEADS
+    head_variant: str = model_setting("", "the head as a study ran it", choices=("", "pr908", "pr266"))
     head_k: int = model_setting(2, "components of the mixture", 1, 64)
-    head_rank: int = model_setting(64, "rank of the head's own factors", 1, 65536)
+    head_rank: int = model_setting(64, "rank of the head's own factors; 0 (delta): full", 0, 65536)
     head_dim: int = model_setting(128, "corners of the simplex", 2, 65536)
+    head_untie_frac: float = setting(0.0, "share of training after which the untied head leaves the embedding", 0.0, 1.0)
+    head_trainable: bool = setting(True, "train the head's own parameters; 0: they stay as they start")
     # Training
     train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", 1, 2**30)
     train_seq_len: int = model_setting(2048, "tokens a sequence, in training and evaluation", 1, 2**24)
     micro_batch_tokens: int = setting(0, "tokens of one forward pass on one rank; 0: 131072 on CUDA, else 4096", 0, 2**30)
     iterations: int = setting(20000, "steps at most; 0: export and score the untrained model", 0, 2**40)
     max_wallclock_seconds: float = setting(600.0, "cap on training time, seconds; 0: none", 0.0, 1e9)
+    init_from: str = setting("", "artifact whose trunk, and head where it is the same, training starts from")
+    train_only: str = setting("all", "what is trained", choices=("all", "head"))
     warmup_steps: int = setting(20, "steps that prime the compiled code, then are undone; outside the cap", 0, 10000)
     warmdown_iters: int = setting(3500, "steps of linear warm-down of the learning rates at the end", 0, 2**40)
     warmdown_frac: float = setting(0.8, "the warm-down's longest share of the run", 0.0, 1.0)
@@ -125,7 +131,7 @@ class Hyperparameters:
     matrix_lr: float = setting(0.025, "Muon's learning rate: matrices of the trunk and the head", 0.0, 100.0)
     scalar_lr: float = setting(0.025, "Adam's learning rate: scales, gains, gates, biases", 0.0, 100.0)
     tied_embed_lr: float = setting(0.035, "Adam's learning rate: token, bigram and value tables", 0.0, 100.0)
-    head_lr: float = setting(0.008, "Adam's learning rate: the head's own vocabulary-side matrices", 0.0, 100.0)
+    head_lr: float = setting(0.0, "Adam's learning rate: the head's own vocabulary-side matrices; 0: the head's default", 0.0, 100.0)
     muon_momentum: float = setting(0.99, "Muon's momentum after its warm-up", 0.0, 0.9999)
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at step 0", 0.0, 0.9999)
     muon_momentum_warmup_steps: int = setting(1500, "steps of the momentum's warm-up", 0, 2**40)
@@ -142,6 +148,7 @@ class Hyperparameters:
     # Evaluation and artifact
     eval_stride: int = setting(64, "tokens scored a window in the final evaluation; 0: TRAIN_SEQ_LEN", 0, 2**24, scope="eval")
     val_batch_size: int = setting(524288, "tokens of one evaluation batch, over all ranks", 1, 2**30, scope="eval")
+    eval_spectrum: bool = setting(False, "measure the rank of the log-probabilities (MODE=eval)")
     eval_split: str = setting("val", "split that is scored", choices=("val", "test"))
     artifact: str = setting("", "artifact to score (MODE=eval)")
     runs: str = setting("runs/*", "folders of the runs to compare (MODE=table)")
@@ -188,8 +195,18 @@ def from_env(environ: Mapping[str, str] | None = None, defaults: Mapping[str, ob
     explicit = {fields()[name].name: parse(name, text, source) for name, (source, text) in given.items()}
     small = CPU_BENCH if explicit.get("mode") == "bench" and not torch.cuda.is_available() else {}
     settings = Hyperparameters(**{**PRESETS[explicit["preset"]], **small, **(defaults or {}), **explicit})
-    if settings.mode != "eval" or defaults:  # before the artifact is read, its architecture is not known
-        check(settings, given)
+    if not defaults and (settings.mode == "eval" or settings.mode == "train" and settings.init_from):  # it is still in the artifact
+        return settings
+    check(settings, given)
+    head = head_class(settings)
+    return dataclasses.replace(settings, head_lr=settings.head_lr or head.vocab_lr) if "head_lr" in head.uses else settings
+
+def from_artifact(stored: Mapping[str, object]) -> Hyperparameters:
+    """Settings with an artifact's as defaults; UserError where a variable contradicts its architecture."""
+    settings = from_env(defaults=stored)
+    for name, value in stored.items():
+        if fields()[name.upper()].metadata["scope"] == "model" and getattr(settings, name) != value:
+            raise UserError(f"{name.upper()}={getattr(settings, name)}: the artifact has {value}; leave it unset")
     return settings
 
 def reject_unknown(environ: Mapping[str, str]) -> None:
@@ -288,11 +305,21 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
     need(s.eval_stride <= s.train_seq_len, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={s.train_seq_len}")
     need(s.run_id == "" or re.fullmatch(r"[\w.-]{1,200}", s.run_id, re.ASCII) and s.run_id.strip("."), "RUN_ID",
          "be a folder name of letters, digits, '.', '_' and '-'")
-    for name in ("head_k", "head_rank", "head_dim"):
-        users = [head for head, cls in HEADS.items() if name in cls.uses]
-        if name.upper() in given and s.head_type not in users:
+    head = head_class(s)
+    for name in ("head_k", "head_rank", "head_dim", "head_lr", "head_untie_frac"):
+        if name.upper() in given and name not in head.uses:
             source, text = given[name.upper()]
-            raise UserError(f"{source}={text}: HEAD_TYPE={s.head_type} does not use it ({', '.join(users)} does); leave it unset")
+            users = ", ".join(other for other, cls in HEADS.items() if name in cls.uses)
+            raise UserError(f"{source}={text}: HEAD_TYPE={s.head_type} does not use it ({users} does); leave it unset")
+    if "head_rank" in head.uses:
+        need(s.head_rank >= head.narrowest, "HEAD_RANK", f"be at least {head.narrowest} with HEAD_TYPE={s.head_type}")
+        bound = getattr(s, head.widest, s.head_rank)
+        need(s.head_rank <= bound, "HEAD_RANK", f"be at most {head.widest.upper()}={bound} with HEAD_TYPE={s.head_type}")
+    need(s.head_trainable or s.head_type != "tied", "HEAD_TRAINABLE", "be 1 with HEAD_TYPE=tied, which has no parameters of its own")
+    need(s.train_only == "all" or s.head_type != "tied" and s.head_trainable, "TRAIN_ONLY", "be all with HEAD_TYPE=tied"
+         " (it has no parameters of its own; ITERATIONS=0 scores it) and with HEAD_TRAINABLE=0")
+    need(s.head_untie_frac == 0 or s.head_trainable and s.train_only == "all", "HEAD_UNTIE_FRAC",
+         "be 0 with HEAD_TRAINABLE=0 or TRAIN_ONLY=head, where the head cannot follow the embedding")
 
 # ---- World: one process or torchrun's many; with one, communication is skipped --------------------------------------
 class World:
@@ -751,7 +778,8 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D)) if L > 1 else None
         self.value_layers = value_layers(settings)
         self.value_embed = ValueEmbedding(settings, len(self.value_layers)) if self.value_layers else None
-        self.head = HEADS[settings.head_type](settings)
+        self.head = head_class(settings)(settings).requires_grad_(settings.head_trainable)
+        self.head.copy_embedding(self.tok_emb.weight)
 
     def hidden(self, x_BT: Tensor) -> Tensor:
         """The final normed hidden states h_BTD: the first half of the blocks stores skips, the second adds them back."""
@@ -792,18 +820,33 @@ class GPT(nn.Module):
 
 # ---- Heads: from hidden states to log-probabilities -----------------------------------------------------------------
 class Head(nn.Module):
-    """A head is its logits, unless it overrides `nll` and `log_probs`, as a mixture must.
-    `roles` maps each of its own parameters to its optimizer: "matrix" (Muon), "vocab" (Adam, HEAD_LR) or "scalar".
-    `uses` names the settings that it reads. h_ND are normed hidden states, x_N current tokens, y_N targets, E_VD the
-    token embedding. A head initialises itself, to equal the tied head at step 0 wherever that is possible."""
-    uses: tuple[str, ...] = ()
-    roles: Mapping[str, str] = {}
+    """A head is its own parameters and its logits; a mixture overrides `nll` and `log_probs` instead of `logits`.
+    h_ND are normed hidden states, x_N current tokens, y_N targets, E_VD the token embedding. A head initialises itself,
+    to equal the tied head at step 0 wherever that is possible."""
+    uses: tuple[str, ...] = ()  # the settings that it reads
+    widest = "model_dim"  # the setting that bounds its HEAD_RANK; "": none does
+    narrowest = 1  # its least HEAD_RANK
+    vocab_lr = 0.008  # HEAD_LR where that is not set
     products_with_E = 1  # how often it multiplies by E: its FLOPs beside those of its own parameters
 
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
         self.softcap = settings.logit_softcap
         self.tied_logit_std = settings.tied_embed_init_std * settings.model_dim ** 0.5  # of E h at step 0
+        self.roles: dict[str, str] = {}  # of its parameters, by name
+        self.build(settings, settings.model_dim, settings.vocab_size, settings.head_rank)
+
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        """Declare the head's own parameters with `add`; the tied head has none."""
+
+    def add(self, role: str, **initial: Tensor) -> None:
+        """Parameters by name with their optimizer: "matrix" (Muon), "vocab" (Adam, HEAD_LR) or "scalar" (Adam)."""
+        for name, value in initial.items():
+            setattr(self, name, nn.Parameter(value))
+            self.roles[name] = role
+
+    def copy_embedding(self, E_VD: Tensor) -> None:
+        """What the head takes over from a new embedding; for most heads nothing."""
 
     def cap(self, z: Tensor) -> Tensor:
         """c tanh(z / c) in float32 or float64; the identity for c = 0."""
@@ -825,84 +868,194 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in the dtype of x."""
     return F.linear(x, weight.to(x.dtype))
 
+def fan_in_normal(*shape: int) -> Tensor:
+    """Normal entries of variance 1 / fan-in: a product with a unit-variance vector keeps its variance."""
+    return torch.randn(*shape) / shape[-1] ** 0.5
+
 class Tied(Head):
     """cap(E h) (Press and Wolf 2017)."""
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(h_ND, E_VD))
 
-class Factorized(Head):
-    """cap(g C A h): a softmax bottleneck of rank R with a learned scale g (study A, H1 and H2, made trainable)."""
-    uses = ("head_rank",)
-    roles = dict(A_RD="matrix", C_VR="vocab", g="scalar")
+class Untied(Head):
+    """cap(D h); D is a copy of E, and follows it until HEAD_UNTIE_FRAC of training is over (modded-nanogpt)."""
+    uses = ("head_lr", "head_untie_frac")
     products_with_E = 0
 
-    def __init__(self, settings: Hyperparameters) -> None:
-        super().__init__(settings)
-        D, V, R = settings.model_dim, settings.vocab_size, settings.head_rank
-        self.A_RD = nn.Parameter(torch.randn(R, D) / D ** 0.5)
-        self.C_VR = nn.Parameter(torch.randn(V, R) / R ** 0.5)
-        self.g = nn.Parameter(torch.tensor(self.tied_logit_std))
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        self.add("vocab", D_VD=torch.zeros(V, D))
+
+    @torch.no_grad()
+    def copy_embedding(self, E_VD: Tensor) -> None:
+        self.D_VD.copy_(E_VD)
+
+    def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
+        return self.cap(project(h_ND, self.D_VD))
+
+class Factorized(Head):
+    """cap(g C A h): a softmax bottleneck of rank R with a learned scale g (study A, H1 and H2, made trainable)."""
+    uses = ("head_lr", "head_rank")
+    products_with_E = 0
+
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        self.add("matrix", A_RD=fan_in_normal(R, D))
+        self.add("vocab", C_VR=fan_in_normal(V, R))
+        self.add("scalar", g=torch.tensor(self.tied_logit_std))
 
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(project(h_ND, self.A_RD), self.C_VR * self.g))
 
 class Simplex(Head):
     """cap(g C s) with s = M softmax(S h) - 1, a point of the simplex centred and scaled (study A, H6, made trainable)."""
-    uses = ("head_dim",)
-    roles = dict(S_MD="matrix", C_VM="vocab", g="scalar")
+    uses = ("head_lr", "head_dim")
     products_with_E = 0
 
-    def __init__(self, settings: Hyperparameters) -> None:
-        super().__init__(settings)
-        D, V, M = settings.model_dim, settings.vocab_size, settings.head_dim
-        self.S_MD = nn.Parameter(torch.randn(M, D) / D ** 0.5)
-        self.C_VM = nn.Parameter(torch.randn(V, M) / M ** 0.5)
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        M = settings.head_dim
+        self.add("matrix", S_MD=fan_in_normal(M, D))
+        self.add("vocab", C_VM=fan_in_normal(V, M))
         # S h is standard normal at step 0, so M softmax(S h) is about lognormal, with variance e - 1.
-        self.g = nn.Parameter(torch.tensor(self.tied_logit_std / (math.e - 1) ** 0.5))
+        self.add("scalar", g=torch.tensor(self.tied_logit_std / (math.e - 1) ** 0.5))
 
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
-        corners = self.S_MD.size(0)
-        s_NM = corners * torch.softmax(at_least_fp32(project(h_ND, self.S_MD)), dim=-1) - 1
+        s_NM = self.S_MD.size(0) * torch.softmax(at_least_fp32(project(h_ND, self.S_MD)), dim=-1) - 1
         return self.cap(project(s_NM.to(h_ND.dtype), self.C_VM * self.g))
+
+class Delta(Head):
+    """cap((E + C A) h): the tied head and a correction of rank R; R = 0: a full one, C alone."""
+    uses = ("head_lr", "head_rank")
+    narrowest = 0
+
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        self.add("matrix", **(dict(A_RD=fan_in_normal(R, D)) if R else {}))
+        self.add("vocab", C_VR=torch.zeros(V, R or D))
+
+    def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
+        a_NR = project(h_ND, self.A_RD) if "A_RD" in self.roles else h_ND
+        return self.cap(project(h_ND, E_VD) + project(a_NR, self.C_VR))
+
+class Wide(Head):
+    """cap(E h + C relu(A h)^2): R more features than the width, so logits of true rank D + R, at their least price."""
+    uses = ("head_lr", "head_rank")
+    widest = ""
+
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        self.add("matrix", A_RD=fan_in_normal(R, D))
+        self.add("vocab", C_VR=torch.zeros(V, R))
+
+    def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
+        return self.cap(project(h_ND, E_VD) + project(F.relu(project(h_ND, self.A_RD)).square(), self.C_VR))
+
+class Bigram(Head):
+    """cap(E h + C a[x]): the tied head and a factored bigram bias on the current token x."""
+    uses = ("head_lr", "head_rank")
+    widest = "vocab_size"
+
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        self.add("vocab", a_VR=torch.randn(V, R), C_VR=torch.zeros(V, R))
+
+    def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
+        return self.cap(project(h_ND, E_VD) + project(F.embedding(x_N, self.a_VR).to(h_ND.dtype), self.C_VR))
 
 class MixtureOfSoftmaxes(Head):
     """log sum_k pi_k softmax(cap(E (h + U_k V_k h))), pi = softmax(G h + b) (Yang et al. 2018; tied, low-rank).
     U = 0 starts all components at the tied head; independent V_k let their gradients differ from the first step.
     Training needs only the K target log-probabilities, so the V-wide mixture is never formed."""
     uses = ("head_k", "head_rank")
-    roles = dict(U_KDR="matrix", V_KRD="matrix", gate_KD="scalar", gate_bias_K="scalar")
 
-    def __init__(self, settings: Hyperparameters) -> None:
-        super().__init__(settings)
-        K, D, R = settings.head_k, settings.model_dim, settings.head_rank
-        self.products_with_E = K
-        self.U_KDR = nn.Parameter(torch.zeros(K, D, R))
-        self.V_KRD = nn.Parameter(torch.randn(K, R, D) / D ** 0.5)
-        self.gate_KD = nn.Parameter(torch.zeros(K, D)) if K > 1 else None
-        self.gate_bias_K = nn.Parameter(torch.zeros(K)) if K > 1 else None
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        self.products_with_E = K = settings.head_k
+        self.gate_KD = self.gate_bias_K = None  # one component needs no gate
+        self.add("matrix", U_KDR=torch.zeros(K, D, R), V_KRD=fan_in_normal(K, R, D))
+        if K > 1:
+            self.add("scalar", gate_KD=torch.zeros(K, D), gate_bias_K=torch.zeros(K))
 
-    def log_pi(self, h_ND: Tensor) -> Tensor:
-        """Log mixture weights, NxK; zero for one component, which needs no gate."""
-        if self.gate_KD is None:
-            return at_least_fp32(h_ND.new_zeros(h_ND.size(0), 1))
-        return F.log_softmax(F.linear(at_least_fp32(h_ND), self.gate_KD, self.gate_bias_K), dim=-1)
+    def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """U_DR and V_RD of each component."""
+        return zip(self.U_KDR, self.V_KRD)
 
     def component_logits(self, h_ND: Tensor, E_VD: Tensor, U_DR: Tensor, V_RD: Tensor) -> Tensor:
         return self.cap(project(h_ND + project(project(h_ND, V_RD), U_DR), E_VD))
+
+    def log_pi(self, h_ND: Tensor) -> Tensor:
+        """Log mixture weights, NxK."""
+        if self.gate_KD is None:
+            return at_least_fp32(h_ND.new_zeros(h_ND.size(0), 1))
+        return F.log_softmax(F.linear(at_least_fp32(h_ND), self.gate_KD, self.gate_bias_K), dim=-1)
 
     def nll(self, h_ND: Tensor, x_N: Tensor, y_N: Tensor, E_VD: Tensor) -> Tensor:
         def component(h: Tensor, E: Tensor, U: Tensor, V: Tensor, y: Tensor) -> Tensor:
             return -F.cross_entropy(self.component_logits(h, E, U, V), y, reduction="none")
         log_p_NK = torch.stack([checkpoint(component, h_ND, E_VD, U, V, y_N, use_reentrant=False)
-                                for U, V in zip(self.U_KDR, self.V_KRD)], dim=-1)
+                                for U, V in self.factors()], dim=-1)
         return -torch.logsumexp(self.log_pi(h_ND) + log_p_NK, dim=-1)
 
     def log_probs(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
-        parts_KNV = torch.stack([F.log_softmax(self.component_logits(h_ND, E_VD, U, V), dim=-1)
-                                 for U, V in zip(self.U_KDR, self.V_KRD)])
+        parts_KNV = torch.stack([F.log_softmax(self.component_logits(h_ND, E_VD, U, V), dim=-1) for U, V in self.factors()])
         return torch.logsumexp(self.log_pi(h_ND).T[..., None] + parts_KNV, dim=0)
 
-HEADS: dict[str, type[Head]] = dict(tied=Tied, factorized=Factorized, mos=MixtureOfSoftmaxes, simplex=Simplex)
+# The heads of both studies as they ran them, to show the cause of their figures: HEAD_VARIANT.
+def orthogonal(rows: int, columns: int) -> Tensor:
+    return nn.init.orthogonal_(torch.empty(rows, columns))
+
+class FactorizedPR908(Factorized):
+    """cap(C A h), orthogonal factors and no scale: |C A h| <= |h|, which bounds the logits."""
+    g = 1.0
+
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        self.add("matrix", A_RD=orthogonal(R, D))
+        self.add("vocab", C_VR=orthogonal(V, R))
+
+class SimplexPR908(Head):
+    """cap(C softmax(S h)), orthogonal S and C: a mean of the columns of C, so almost uniform."""
+    uses, products_with_E = Simplex.uses, 0
+
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        self.add("matrix", S_MD=orthogonal(settings.head_dim, D))
+        self.add("vocab", C_VM=orthogonal(V, settings.head_dim))
+
+    def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
+        return self.cap(project(torch.softmax(project(h_ND, self.S_MD), dim=-1), self.C_VM))
+
+class MixturePR908(Head):
+    """cap(sum_k pi_k C_k A_k h), pi = softmax(G h): a mixture of logits, so one softmax of rank K R."""
+    uses, products_with_E = ("head_k", "head_lr", "head_rank"), 0
+
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        K = settings.head_k
+        self.add("matrix", A_KRD=torch.stack([orthogonal(R, D) for _ in range(K)]))
+        self.add("vocab", C_KVR=torch.stack([orthogonal(V, R) for _ in range(K)]))
+        self.add("scalar", gate_KD=(2 * torch.rand(K, D) - 1) / D ** 0.5)
+
+    def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
+        pi_KN1 = torch.softmax(project(h_ND, self.gate_KD), dim=-1).T[..., None]
+        return self.cap(sum(pi * project(project(h_ND, A), C) for pi, A, C in zip(pi_KN1, self.A_KRD, self.C_KVR)))
+
+class MixturePR266(MixtureOfSoftmaxes):
+    """log sum_k pi_k softmax(E U_k V h), pi = softmax(G h): all components share one V of rank R, and there is no cap."""
+    def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
+        self.products_with_E, self.gate_bias_K = settings.head_k, None
+        self.add("matrix", V_RD=0.02 * torch.randn(R, D), U_MR=0.02 * torch.randn(settings.head_k * D, R))
+        self.add("scalar", gate_KD=0.02 * torch.randn(settings.head_k, D))
+
+    def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((U_DR, self.V_RD) for U_DR in self.U_MR.chunk(self.products_with_E))
+
+    def component_logits(self, h_ND: Tensor, E_VD: Tensor, U_DR: Tensor, V_RD: Tensor) -> Tensor:
+        return at_least_fp32(project(project(project(h_ND, V_RD), U_DR), E_VD))
+
+HEADS: dict[str, type[Head]] = dict(
+    tied=Tied, untied=Untied, factorized=Factorized, mos=MixtureOfSoftmaxes, simplex=Simplex, delta=Delta, wide=Wide, bigram=Bigram)
+VARIANTS: dict[str, type[Head]] = {
+    "factorized/pr908": FactorizedPR908, "simplex/pr908": SimplexPR908, "mos/pr908": MixturePR908, "mos/pr266": MixturePR266}
+
+def head_class(settings: Hyperparameters) -> type[Head]:
+    """The class of HEAD_TYPE, or of its HEAD_VARIANT; UserError where it has no such variant."""
+    name = f"{settings.head_type}/{settings.head_variant}"
+    if settings.head_variant and name not in VARIANTS:
+        raise UserError(f"HEAD_VARIANT={settings.head_variant}: must be unset with HEAD_TYPE={settings.head_type}; there are"
+                        f" {', '.join(VARIANTS)}")
+    return VARIANTS[name] if settings.head_variant else HEADS[settings.head_type]
 
 # ---- Optimizers: Muon for matrices, Adam for the rest; every parameter in exactly one group -------------------------
 TRUNK_ROLES = (
@@ -971,18 +1124,19 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(model: GPT, settings: Hyperparameters, world: World) -> list[torch.optim.Optimizer]:
     """Muon and Adam over all trainable parameters, by role; every group carries its unscaled rate as `base_lr`."""
     roles = parameter_roles(model)
-    by_role = {role: [p for name, p in model.named_parameters() if roles[name] == role]
+    by_role = {role: [p for name, p in model.named_parameters() if roles[name] == role and p.requires_grad]
                for role in ("embed", "vocab", "scalar", "matrix")}
-    rates = dict(embed=settings.tied_embed_lr, vocab=settings.head_lr, scalar=settings.scalar_lr)
-    adam = torch.optim.AdamW([dict(params=by_role[role], lr=lr) for role, lr in rates.items() if by_role[role]],
-                             betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
-                             weight_decay=settings.adam_wd, fused=True)
-    dtype = torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
-    muon = Muon(by_role["matrix"], world, dtype, lr=settings.matrix_lr, momentum=settings.muon_momentum,
-                weight_decay=settings.muon_weight_decay)
-    for group in adam.param_groups + muon.param_groups:
+    rates = dict(embed=settings.tied_embed_lr, vocab=settings.head_lr or model.head.vocab_lr, scalar=settings.scalar_lr)
+    adam = [dict(params=by_role[role], lr=lr) for role, lr in rates.items() if by_role[role]]
+    optimizers = [torch.optim.AdamW(adam, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
+                                    weight_decay=settings.adam_wd, fused=True)] if adam else []
+    if by_role["matrix"]:
+        dtype = torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
+        optimizers.append(Muon(by_role["matrix"], world, dtype, lr=settings.matrix_lr, momentum=settings.muon_momentum,
+                               weight_decay=settings.muon_weight_decay))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["base_lr"] = group["lr"]
-    return [adam, muon]
+    return optimizers
 
 def require_gradients(model: nn.Module) -> None:
     """RuntimeError naming every trainable parameter that the first backward pass left without a gradient."""
@@ -1006,6 +1160,10 @@ def learning_rate_scale(step: int, seconds: float, s: Hyperparameters) -> float:
         return by_steps
     cap, step_seconds = s.max_wallclock_seconds, seconds / max(step, 1)
     return min(by_steps, ramp(cap - seconds, min(s.warmdown_iters * step_seconds, s.warmdown_frac * cap)))
+
+def progress(step: int, seconds: float, s: Hyperparameters) -> float:
+    """The share of the run that is over, by whichever end comes first."""
+    return max(step / max(s.iterations, 1), seconds / s.max_wallclock_seconds if s.max_wallclock_seconds else 0.0)
 
 def momentum_at(step: int, s: Hyperparameters) -> float:
     """Muon's momentum: linear from its start to its end over the warm-up."""
@@ -1050,12 +1208,36 @@ def window_batches(windows: int, stride: int, end: int, s: Hyperparameters, worl
         starts_B = torch.arange(k, min(k + B, high), device=world.device) * stride
         yield F.pad(starts_B, (0, B - len(starts_B)), value=end), stride
 
+@torch.inference_mode()
+def spectrum(model: GPT, tokens_N: Tensor, s: Hyperparameters, world: World) -> dict[str, float]:
+    """How far the log-probabilities exceed rank D: over at least 65,536 contexts (where the split has them), in float64
+    from the hidden states on, each context's mean over V subtracted; from the eigenvalues of the V x V Gram matrix."""
+    head, E_VD = copy.deepcopy(model.head).double(), model.tok_emb.weight.double()
+    windows = min(-(-65536 // s.train_seq_len), -(-(len(tokens_N) - 1) // s.train_seq_len))
+    gram_VV = torch.zeros(s.vocab_size, s.vocab_size, dtype=torch.float64, device=world.device)
+    count = torch.zeros((), dtype=torch.int64, device=world.device)
+    for starts_B, _ in window_batches(windows, s.train_seq_len, len(tokens_N), s, world):
+        world.heed()
+        index_BT = starts_B[:, None] + torch.arange(s.train_seq_len, device=world.device)
+        x_BT, inside_N = tokens_N[index_BT.clamp(max=len(tokens_N) - 1)], (index_BT < len(tokens_N) - 1).flatten()
+        h_ND, x_N = model.hidden(x_BT).flatten(0, 1)[inside_N].double(), x_BT.flatten()[inside_N]
+        count += len(x_N)
+        for h, x in zip(h_ND.split(1024), x_N.split(1024)):  # never all contexts' vocabulary at once
+            z_NV = head.log_probs(h, x, E_VD)
+            z_NV -= z_NV.mean(dim=-1, keepdim=True)
+            gram_VV.addmm_(z_NV.T, z_NV)
+    energy_V = torch.linalg.eigvalsh(world.sum(gram_VV).cpu()).flip(0).clamp_min(0)
+    share_V = energy_V.cumsum(0) / energy_V.sum()
+    beyond = 1 - share_V[min(s.model_dim, s.vocab_size) - 1].item()
+    return dict(contexts=int(world.sum(count)), rank_9999=1 + int((share_V < 0.9999).sum()), energy_beyond_model_dim=beyond)
+
 def maybe_compile(function: Callable, settings: Hyperparameters, world: World) -> Callable:
     """The function compiled, where COMPILE says so; shapes are static."""
     wanted = settings.compile == "1" or settings.compile == "auto" and world.device.type == "cuda"
     return torch.compile(function, dynamic=False) if wanted else function
 
 # ---- Artifact: quantize, fit under the cap, pack, unpack ------------------------------------------------------------
+LONGEST_HEADER = 2**20  # bytes
 MAGIC = b"GPTHEAD1"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, payload
 FINER = 8.0  # vocabulary-side matrices are the most sensitive: their step is this much finer, in 16 bits
 KINDS = dict(int8=torch.int8, int16=torch.int16, float16=torch.float16, float32=torch.float32)
@@ -1064,11 +1246,16 @@ def is_matrix(weight: Tensor) -> bool:
     """Matrices and stacks of them are rounded; vectors and the few rows of scales and gates are not."""
     return weight.ndim >= 2 and min(weight.shape[-2:]) >= 16
 
-def kind_of(weight: Tensor, role: str) -> str:
-    """How a tensor is stored: integers on a grid for a matrix, floats for the rest."""
+def possible_kinds(weight: Tensor, role: str) -> tuple[str, ...]:
+    """How a tensor may be stored: integers on a grid for a matrix, floats for the rest."""
     if is_matrix(weight):
-        return "int16" if role in ("embed", "vocab") else "int8"
-    return "float16" if weight.abs().max() < 65504 else "float32"
+        return ("int16",) if role in ("embed", "vocab") else ("int8",)
+    return ("float16", "float32")
+
+def kind_of(weight: Tensor, role: str) -> str:
+    """How a tensor is stored: float32 only where float16 would overflow."""
+    kinds = possible_kinds(weight, role)
+    return kinds[-1] if len(kinds) > 1 and weight.abs().max() >= 65504 else kinds[0]
 
 def to_grid(weight: Tensor, kind: str, step: float) -> tuple[Tensor, Tensor]:
     """Integers (rows x columns) and row scales (bfloat16) of a matrix or a stack: weight is about integers * scales.
@@ -1201,56 +1388,66 @@ def describe_packing(state: Mapping[str, Tensor], roles: Mapping[str, str], step
             yield (f"quantized {role}: {count} parameters as {kind}, step {step:.4g}, bytes a parameter: deflate"
                    f" {len(compress(raw, 'zlib')) / count:.4f}, relative squared error {error / max(energy, 1e-30):.3g}")
 
-def unpack(blob: bytes, where: object) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """Settings and float32 weights of an artifact; UserError for a corrupt, foreign or newer one. Executes nothing."""
+def read_artifact(variable: str, path: Path, limit: float, world: World) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Stored settings and float32 weights of an artifact on rank 0's disk. UserError, naming the variable that asked for it,
+    where it is missing, larger than `limit` bytes, corrupt, foreign or newer. Executes nothing."""
+    try:
+        if world.rank == 0 and path.stat().st_size > limit:
+            raise UserError(f"has {path.stat().st_size} bytes, more than SIZE_LIMIT_BYTES={limit}; raise that if it is meant")
+        return unpack(world.agree(path.read_bytes() if world.rank == 0 else b""))
+    except OSError as error:
+        raise UserError(f"{variable}={path}: must name an artifact to read ({error.strerror})") from None
+    except UserError as error:
+        raise UserError(f"{variable}={path}: {error}") from None
+
+def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The counterpart of encode; UserError for anything else."""
     try:
         return decode(blob)
     except UserError as error:
-        raise UserError(f"ARTIFACT={where}: was made for settings that this program refuses ({ascii(str(error))[:300]})") from None
+        raise UserError(f"was made for settings that this program refuses ({ascii(str(error))[:300]})") from None
     except Exception as error:  # whatever a hostile file can provoke in json, struct, zlib or zstandard
-        raise UserError(f"ARTIFACT={where}: is no artifact of this program, or a damaged one ({ascii(str(error))[:300]})") from None
+        raise UserError(f"is no artifact of this program, or a damaged one ({ascii(str(error))[:300]})") from None
 
 def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """See unpack; raises anything. All lengths are checked against the file and the model before a weight is read."""
+    """See unpack; raises anything. Nothing is inflated before all lengths agree with the file and the model of the settings."""
     body = memoryview(blob)[len(MAGIC) + 32:]
     if blob[:len(MAGIC)] != MAGIC:
         raise ValueError("wrong magic or another version")
     if hashlib.sha256(body).digest() != blob[len(MAGIC):len(MAGIC) + 32]:
         raise ValueError("checksum mismatch")
     end = 4 + struct.unpack("<I", body[:4])[0]
+    if end > min(len(body), LONGEST_HEADER):
+        raise ValueError("its header claims more bytes than it can have")
     header = json.loads(bytes(body[4:end]))
     if header["settings"].keys() != {field.name for field in fields().values() if field.metadata["scope"] != "run"}:
         raise ValueError("its settings are not those of this program")
     settings = {name: parse(name.upper(), str(int(value) if isinstance(value, bool) else value))
                 for name, value in header["settings"].items()}
-    layout = [(name, KINDS[kind], tuple(shape)) for name, kind, shape in header["tensors"]]
-    if len({name for name, _, _ in layout}) < len(layout):
-        raise ValueError("two tensors bear one name")
-    if not all(type(n) is int and 0 < n < 2**40 for _, _, shape in layout for n in shape):
-        raise ValueError("a shape is no list of positive numbers")
-    integers = [kind.itemsize * math.prod(shape) for _, kind, shape in layout if not kind.is_floating_point]
-    floats = [kind.itemsize * math.prod(shape) if kind.is_floating_point else 2 * math.prod(shape[:-1])
-              for _, kind, shape in layout]
-    if sum(integers) + sum(floats) > 64 * len(blob):
-        raise ValueError("it claims more weights than it can hold")
-    raw = decompress(bytes(body[end:]), parse("COMPRESS_ALGO", header["codec"]), sum(integers) + sum(floats))
-    whole, rest, state = io.BytesIO(raw[:sum(integers)]), io.BytesIO(raw[sum(integers):]), {}
-    for (name, kind, shape), size in zip(layout, floats):
-        state[name] = from_planes(rest.read(size), kind if kind.is_floating_point else torch.bfloat16).float()
-        if not kind.is_floating_point:
-            grid = from_planes(whole.read(kind.itemsize * math.prod(shape)), kind).float()
-            state[name] = grid.view(-1, shape[-1]).mul_(state[name][:, None])
-        state[name] = state[name].view(shape)
-    return settings, state
-
-def load_artifact(path: Path, settings: Hyperparameters, world: World) -> GPT:
-    """A fresh model with the weights of an artifact on rank 0's disk; UserError where its tensors are not the model's."""
-    _, state = unpack(world.agree(path.read_bytes() if world.rank == 0 else b""), path)
+    check(Hyperparameters(**settings), {})
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in GPT(settings).named_parameters()}
-    if shapes != {name: weight.shape for name, weight in state.items()}:
-        raise UserError(f"ARTIFACT={path}: its tensors are not those of its own settings")
-    return build_model(settings, world, state)
+        model = GPT(Hyperparameters(**settings))
+    kinds, roles = {name: kind for name, kind, _ in header["tensors"]}, parameter_roles(model)
+    if header["tensors"] != [[name, kinds.get(name), list(p.shape)] for name, p in model.named_parameters()]:
+        raise ValueError("its tensors are not those of its settings")
+    if any(kinds[name] not in possible_kinds(p, roles[name]) for name, p in model.named_parameters()):
+        raise ValueError("a tensor is stored as what it cannot be")
+    grids = [KINDS[kinds[name]].itemsize * p.numel() if is_matrix(p) else 0 for name, p in model.named_parameters()]
+    floats = [2 * p.numel() // p.size(-1) if is_matrix(p) else KINDS[kinds[name]].itemsize * p.numel()
+              for name, p in model.named_parameters()]
+    raw = memoryview(decompress(body[end:], parse("COMPRESS_ALGO", header["codec"]), sum(grids) + sum(floats)))
+    whole, rest, state = 0, sum(grids), {}
+    for (name, p), grid, scale in zip(model.named_parameters(), grids, floats):
+        kind = torch.bfloat16 if grid else KINDS[kinds[name]]
+        state[name] = from_planes(raw[rest:rest + scale], kind).float()
+        if grid:
+            integers = from_planes(raw[whole:whole + grid], KINDS[kinds[name]]).float()
+            state[name] = integers.view(-1, p.size(-1)).mul_(state[name][:, None])
+        if not state[name].isfinite().all():
+            raise ValueError(f"{name} holds a value that is no number")
+        state[name] = state[name].view(p.shape)
+        whole, rest = whole + grid, rest + scale
+    return settings, state
 
 def build_model(settings: Hyperparameters, world: World, state: Mapping[str, Tensor] | None = None) -> GPT:
     """The model on the world's device, with given weights, or with the seed's."""
@@ -1259,6 +1456,17 @@ def build_model(settings: Hyperparameters, world: World, state: Mapping[str, Ten
     if state is not None:
         model.load_state_dict(state)
     return model
+
+def adopt(model: GPT, stored: Mapping[str, object], weights: Mapping[str, Tensor], settings: Hyperparameters) -> str:
+    """Start a model from an artifact's trunk, and from its head where that is of the same type and size; says which."""
+    own = {name: p.shape for name, p in model.named_parameters() if name.startswith("head.")}
+    same = all(stored[name] == getattr(settings, name) for name in ("head_type", "head_variant")) and own == {
+        name: weight.shape for name, weight in weights.items() if name.startswith("head.")}
+    model.load_state_dict({name: weight for name, weight in weights.items() if not name.startswith("head.")}, strict=False)
+    model.head.copy_embedding(model.tok_emb.weight)
+    if same:
+        model.load_state_dict(weights)
+    return "trunk and head" if same else "trunk"
 
 def compute_dtype(settings: Hyperparameters, world: World) -> torch.dtype:
     """bf16 where the chip multiplies it fast (CUDA, AMX, AVX512-BF16), else float32, unless COMPUTE_DTYPE says so."""
@@ -1291,17 +1499,23 @@ class RunLog:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
+    def append(self, name: str, line: str) -> None:
+        if self.folder is not None:
+            with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as out:
+                out.write(line + "\n")
+
+    def record(self, **metrics: object) -> None:
+        """One JSON object in metrics.jsonl."""
+        self.append("metrics.jsonl", json.dumps(metrics))
+
     def write(self, line: str, console: bool = True, **metrics: object) -> None:
         """One log line; `metrics`, where given, become one JSON object."""
-        if self.folder is None:
-            return
-        if console:
+        if console and self.folder is not None:
             with contextlib.suppress(OSError, UnicodeError):  # the console may be gone; the log is not
                 print(line, flush=True)
-        for name, text in (("train.log", line), ("metrics.jsonl", json.dumps(metrics) if metrics else None)):
-            if text is not None:
-                with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as out:
-                    out.write(text + "\n")
+        self.append("train.log", line)
+        if metrics:
+            self.record(**metrics)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of both files, as a checkpoint remembers them."""
@@ -1401,8 +1615,9 @@ class Trainer:
         self.grid: float | None = None  # the quantization step of late QAT, once it has begun
         self.validated, self.whole = -1, True  # the last step that was validated; False while a step changes the state
 
-    def step(self, batches: list[tuple[Tensor, Tensor]], scale: float) -> Tensor:
-        """Train on this rank's share of a batch; the mean loss over all ranks. Interrupted leaves all as it was before."""
+    def step(self, batches: list[tuple[Tensor, Tensor]], scale: float, tied: bool = False) -> Tensor:
+        """Train on this rank's share of a batch; the mean loss over all ranks. Interrupted leaves all as it was before.
+        `tied`: the head's own copy of the embedding is one parameter with it, so far."""
         s, total = self.settings, torch.zeros((), device=self.world.device)
         with rounded_weights(self.model, self.roles, self.grid):
             for x_BT, y_BT in batches:
@@ -1412,7 +1627,11 @@ class Trainer:
                 total += loss.detach()
         if self.steps == 0:
             require_gradients(self.model)
-        self.world.average([p.grad for p in self.parameters] + [total])
+        E, head = self.model.tok_emb.weight, self.model.head
+        if tied:
+            E.grad.add_(head.D_VD.grad)
+            head.D_VD.grad = None
+        self.world.average([p.grad for p in self.parameters if p.grad is not None] + [total])
         if s.grad_clip_norm:  # a norm of inf or nan makes the loss nan, so that it is noticed without waiting for it here
             total += 0 * torch.nn.utils.clip_grad_norm_(self.parameters, s.grad_clip_norm)
         self.whole = False
@@ -1423,6 +1642,8 @@ class Trainer:
                     group["momentum"] = momentum_at(self.steps, s)
             optimizer.step()
             optimizer.zero_grad()
+        if tied:
+            head.copy_embedding(E)
         if s.use_ema:
             update_average(self.average, self.parameters, self.steps, s.ema_alpha)
         self.steps, self.whole = self.steps + 1, True
@@ -1499,7 +1720,8 @@ def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], Non
         scale = learning_rate_scale(trainer.steps, seconds, s)
         if s.late_qat and trainer.grid is None and scale < s.qat_threshold:
             trainer.grid = late_grid(trainer, log)
-        before, loss = loss, later(trainer.step(train_batch(shards, trainer.steps, s, world), scale))
+        tied = progress(trainer.steps, seconds, s) < s.head_untie_frac
+        before, loss = loss, later(trainer.step(train_batch(shards, trainer.steps, s, world), scale, tied))
         if before is not None:  # waits for the step before: the host runs one step ahead, no more
             last, value = value, check_finite(before(), trainer.steps - 1, log)
             if value > last + 1:
@@ -1666,16 +1888,15 @@ def final_lines(codec: str, loss: float, bpb: float, seconds: float) -> Iterator
 def run_eval(settings: Hyperparameters, world: World) -> int:
     """MODE=eval: score an artifact; the architecture and, unless given, the evaluation's settings are its own."""
     path = Path(settings.artifact)
-    if not path.is_file():
-        raise UserError(f"ARTIFACT={settings.artifact}: must name the artifact to score; there is no such file")
-    stored, _ = unpack(path.read_bytes(), path)
-    settings = from_env(defaults=stored)
-    for name, value in stored.items():
-        if fields()[name.upper()].metadata["scope"] == "model" and getattr(settings, name) != value:
-            raise UserError(f"{name.upper()}={getattr(settings, name)}: the artifact has {value}; leave it unset")
-    settings = prepare_demo(settings, world)
+    stored, weights = read_artifact("ARTIFACT", path, settings.size_limit_bytes, world)
+    settings = prepare_demo(from_artifact(stored), world)
     validation = load_validation(settings, world)
-    lines = final_lines(settings.compress_algo, *score(load_artifact(path, settings, world), *validation, settings, world))
+    model = build_model(settings, world, weights)
+    lines = [*final_lines(settings.compress_algo, *score(model, *validation, settings, world))]
+    if settings.eval_spectrum:
+        found = spectrum(model, validation[0], settings, world)
+        lines.append("spectrum " + " ".join(f"{name}:{value:.6g}" for name, value in found.items()))
+        RunLog(path.parent if world.rank == 0 else None).record(kind="spectrum", split=settings.eval_split, **found)
     if world.rank == 0:
         print("\n".join(lines))
     return 0
@@ -1696,21 +1917,35 @@ def export(weights: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hy
 
 def run_train(settings: Hyperparameters, world: World) -> int:
     """MODE=train: claim the folder, resume or start, train, finish. Exit code 0, 3 above the size limit, 128 + signal."""
+    stored, weights = {}, {}
+    if settings.init_from:
+        stored, weights = read_artifact("INIT_FROM", Path(settings.init_from), settings.size_limit_bytes, world)
+        settings = from_artifact({name: value for name, value in stored.items() if not name.startswith("head_")
+                                  and fields()[name.upper()].metadata["scope"] == "model"})
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}-{settings.head_type}-{settings.seed}"
     settings = dataclasses.replace(prepare_demo(settings, world), run_id=settings.run_id or world.agree(stamp))
     micro_batch_sequences(settings, world)
     compress(b"", settings.compress_algo)  # a missing codec is found now
     shards = Shards(Path(settings.data_path), "train", settings.vocab_size)
     validation = load_validation(settings, world)
+    digest = data_hash(shards, validation[0])
     folder = Path("runs") / settings.run_id
     log = RunLog(folder if world.rank == 0 else None)
     with claimed_run(settings) if world.rank == 0 else contextlib.nullcontext((None, None)) as found:
         result, state = world.agree(found)
         if result is None:
-            trainer = Trainer(build_model(settings, world), settings, world)
+            log.rewind((state or {}).get("sizes", {}))
+            if state is None:
+                log.opening(settings, world)
+                log.write(f"data: {settings.data_path} train_tokens:{len(shards)} {settings.eval_split}_tokens:{len(validation[0])}"
+                          f" data_sha256:{digest} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}")
+            model = build_model(settings, world)
+            if state is None and weights:
+                log.write(f"init_from: {adopt(model, stored, weights, settings)} of {settings.init_from}")
+            trainer = Trainer(model, settings, world)
             try:
                 start_or_resume(trainer, shards, validation, state, log)
-                result = finish(trainer, validation, data_hash(shards, validation[0]), folder, log)
+                result = finish(trainer, validation, digest, folder, log)
             except Interrupted:
                 save_checkpoint(trainer, log)
                 log.write(f"interrupted at step {trainer.steps}; resume with: {command(settings, world)}")
@@ -1720,15 +1955,13 @@ def run_train(settings: Hyperparameters, world: World) -> int:
     return 3 if result["bytes_total"] > settings.size_limit_bytes else 0
 
 def start_or_resume(trainer: Trainer, shards: Shards, validation: Validation, state: dict | None, log: RunLog) -> None:
-    """Open the log and train, from the start or from a checkpoint's state."""
+    """Train, from the start or from a checkpoint's state."""
     s, world = trainer.settings, trainer.world
-    log.rewind((state or {}).get("sizes", {}))
     if state is None:
-        log.opening(s, world)
-        log.write(f"data: {s.data_path} train_tokens:{len(shards)} {s.eval_split}_tokens:{len(validation[0])}"
-                  f" data_sha256:{data_hash(shards, validation[0])} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}")
+        trained = sum(p.numel() for p in trainer.parameters if p.requires_grad)
         log.write(f"model_params:{sum(p.numel() for p in trainer.parameters)}")
-    if state is not None:
+        log.write(f"trained_params:{trained}")
+    else:
         trainer.restore(state)
         log.write(f"resumed at step {trainer.steps}")
     trainer.warm_up(shards)
@@ -1753,7 +1986,8 @@ def finish(trainer: Trainer, validation: Validation, data: str, folder: Path, lo
     check_finite(pre_loss, trainer.steps, log)
     log.write(f"pre_quant val_loss:{pre_loss:.8f} val_bpb:{pre_bpb:.8f}")
     packed = export(weights, trainer.roles, s, world, log)
-    loss, bpb, eval_seconds = score(load_artifact(folder / "final_model.int8.ptz", s, world), *validation, s, world)
+    _, reloaded = read_artifact("ARTIFACT", folder / "final_model.int8.ptz", math.inf, world)
+    loss, bpb, eval_seconds = score(build_model(s, world, reloaded), *validation, s, world)
     for line in final_lines(s.compress_algo, loss, bpb, eval_seconds):
         log.write(line)
     result = dict(
