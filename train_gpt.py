@@ -31,6 +31,7 @@ import hashlib
 import io
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -181,9 +182,8 @@ STUDY_HEADS = dict(standard="tied", mixture_softmax="mos")
 STUDY_B = ("USE_MOS", "MOS_K", "MOS_RANK")
 SWITCHES = dict(RANK_DIM="int", USE_MOS="bool", SKIP_COMPILE="bool")
 
-def fields() -> dict[str, dataclasses.Field]:
-    """The settings by the name of their environment variable."""
-    return {field.name.upper(): field for field in dataclasses.fields(Hyperparameters)}
+FIELDS = {field.name.upper(): field for field in dataclasses.fields(Hyperparameters)}  # by environment variable
+SCOPES = {field.name: field.metadata["scope"] for field in FIELDS.values()}
 
 def from_env(environ: Mapping[str, str] | None = None, defaults: Mapping[str, object] | None = None) -> Hyperparameters:
     """Settings from variables, then `defaults`, then the preset, then the fields. UserError names variable, value, remedy."""
@@ -192,7 +192,7 @@ def from_env(environ: Mapping[str, str] | None = None, defaults: Mapping[str, ob
     given = translate(environ)
     implied = "demo" if environ.get("DATA_PATH") == "demo" else "pilot" if any(name in environ for name in STUDY_B) else "study"
     given.setdefault("PRESET", ("PRESET", implied))
-    explicit = {fields()[name].name: parse(name, text, source) for name, (source, text) in given.items()}
+    explicit = {FIELDS[name].name: parse(name, text, source) for name, (source, text) in given.items()}
     small = CPU_BENCH if explicit.get("mode") == "bench" and not torch.cuda.is_available() else {}
     settings = Hyperparameters(**{**PRESETS[explicit["preset"]], **small, **(defaults or {}), **explicit})
     if not defaults and (settings.mode == "eval" or settings.mode == "train" and settings.init_from):  # it is still in the artifact
@@ -205,13 +205,13 @@ def from_artifact(stored: Mapping[str, object]) -> Hyperparameters:
     """Settings with an artifact's as defaults; UserError where a variable contradicts its architecture."""
     settings = from_env(defaults=stored)
     for name, value in stored.items():
-        if fields()[name.upper()].metadata["scope"] == "model" and getattr(settings, name) != value:
+        if SCOPES[name] == "model" and getattr(settings, name) != value:
             raise UserError(f"{name.upper()}={getattr(settings, name)}: the artifact has {value}; leave it unset")
     return settings
 
 def reject_unknown(environ: Mapping[str, str]) -> None:
     """UserError for a variable that looks like a misspelt setting, or asks for a behaviour that is not there."""
-    known = [*fields(), *PUBLISHED_CONSTANTS, *ALIASES, *SWITCHES]
+    known = [*FIELDS, *PUBLISHED_CONSTANTS, *ALIASES, *SWITCHES]
     for name in sorted(environ.keys() - {*known} if environ.get("ALLOW_NEAR_MISSES") != "1" else ()):
         for likely in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
             raise UserError(f"{name}={environ[name]}: did you mean {likely}? If not, set ALLOW_NEAR_MISSES=1")
@@ -221,7 +221,7 @@ def reject_unknown(environ: Mapping[str, str]) -> None:
 
 def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """The settings as (the variable that says it, its text), both studies' names made ours; UserError for a contradiction."""
-    given = {name: (name, environ[name]) for name in fields() if name in environ}
+    given = {name: (name, environ[name]) for name in FIELDS if name in environ}
     head = environ.get("HEAD_TYPE", "standard")
     rank, mixed, eager = (convert(name, environ.get(name, "0"), kind) for name, kind in SWITCHES.items())
 
@@ -262,7 +262,7 @@ def convert(name: str, text: str, kind: str):
 
 def parse(name: str, text: str, source: str = ""):
     """The typed value of one setting; UserError, naming the variable that it came from, outside its range or choices."""
-    field, source = fields()[name], source or name
+    field, source = FIELDS[name], source or name
     low, high = field.metadata["low"], field.metadata["high"]
     choices = tuple(HEADS) if name == "HEAD_TYPE" else field.metadata["choices"]
     if choices and text not in choices:
@@ -1059,17 +1059,20 @@ def head_class(settings: Hyperparameters) -> type[Head]:
 
 # ---- Optimizers: Muon for matrices, Adam for the rest; every parameter in exactly one group -------------------------
 TRUNK_ROLES = (
-    ("embed", r"(tok_emb|(bigram|value_embed)\.table)\.weight"),
+    ("table", r"(bigram|value_embed)\.table\.weight"),
     ("matrix", r"(blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))|(bigram|value_embed)\.proj)\.weight"),
     ("scalar", r"smear\.gate|skip_weights|(bigram|value_embed)\.(layer_)?scale"
                r"|blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)"),
 )
 
 def parameter_roles(model: GPT) -> dict[str, str]:
-    """The role of every parameter by name: embed, matrix, scalar or vocab. RuntimeError unless each has exactly one."""
+    """The role of every parameter by name: tied or table (embeddings that also make logits, or do not), matrix, scalar or
+    vocab. RuntimeError unless each has exactly one."""
     roles = {}
     for name, _ in model.named_parameters():
-        if name.startswith("head."):
+        if name == "tok_emb.weight":
+            found = ["tied" if model.head.products_with_E else "table"]
+        elif name.startswith("head."):
             found = [role for own, role in model.head.roles.items() if name == f"head.{own}"]
         else:
             found = [role for role, pattern in TRUNK_ROLES if re.fullmatch(pattern, name)]
@@ -1124,9 +1127,10 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(model: GPT, settings: Hyperparameters, world: World) -> list[torch.optim.Optimizer]:
     """Muon and Adam over all trainable parameters, by role; every group carries its unscaled rate as `base_lr`."""
     roles = parameter_roles(model)
+    rates = dict(tied=settings.tied_embed_lr, table=settings.tied_embed_lr, vocab=settings.head_lr or model.head.vocab_lr,
+                 scalar=settings.scalar_lr)
     by_role = {role: [p for name, p in model.named_parameters() if roles[name] == role and p.requires_grad]
-               for role in ("embed", "vocab", "scalar", "matrix")}
-    rates = dict(embed=settings.tied_embed_lr, vocab=settings.head_lr or model.head.vocab_lr, scalar=settings.scalar_lr)
+               for role in (*rates, "matrix")}
     adam = [dict(params=by_role[role], lr=lr) for role, lr in rates.items() if by_role[role]]
     optimizers = [torch.optim.AdamW(adam, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
                                     weight_decay=settings.adam_wd, fused=True)] if adam else []
@@ -1237,86 +1241,75 @@ def maybe_compile(function: Callable, settings: Hyperparameters, world: World) -
     return torch.compile(function, dynamic=False) if wanted else function
 
 # ---- Artifact: quantize, fit under the cap, pack, unpack ------------------------------------------------------------
+MAGIC = b"GPTHEAD2"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, two payloads
 LONGEST_HEADER = 2**20  # bytes
-MAGIC = b"GPTHEAD1"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, payload
-FINER = 8.0  # vocabulary-side matrices are the most sensitive: their step is this much finer, in 16 bits
-KINDS = dict(int8=torch.int8, int16=torch.int16, float16=torch.float16, float32=torch.float32)
+# How a tensor is stored, by its role, and how much finer its grid is: what makes logits is the most sensitive.
+KINDS = dict(matrix=torch.int8, table=torch.int8, tied=torch.int16, vocab=torch.int16, scalar=torch.float32)
+FINER = dict(matrix=1.0, table=2.0, tied=8.0, vocab=6.0)
 
-def is_matrix(weight: Tensor) -> bool:
-    """Matrices and stacks of them are rounded; vectors and the few rows of scales and gates are not."""
-    return weight.ndim >= 2 and min(weight.shape[-2:]) >= 16
-
-def possible_kinds(weight: Tensor, role: str) -> tuple[str, ...]:
-    """How a tensor may be stored: integers on a grid for a matrix, floats for the rest."""
-    if is_matrix(weight):
-        return ("int16",) if role in ("embed", "vocab") else ("int8",)
-    return ("float16", "float32")
-
-def kind_of(weight: Tensor, role: str) -> str:
-    """How a tensor is stored: float32 only where float16 would overflow."""
-    kinds = possible_kinds(weight, role)
-    return kinds[-1] if len(kinds) > 1 and weight.abs().max() >= 65504 else kinds[0]
-
-def to_grid(weight: Tensor, kind: str, step: float) -> tuple[Tensor, Tensor]:
+def to_grid(weight: Tensor, role: str, step: float) -> tuple[Tensor, Tensor]:
     """Integers (rows x columns) and row scales (bfloat16) of a matrix or a stack: weight is about integers * scales.
-    A row's scale is `step` times its RMS (a FINER-th of that in int16), or what its largest entry needs in the integer
-    type, whichever is coarser; step = 0 is plain absmax rounding."""
-    levels, step = (32767, step / FINER) if kind == "int16" else (127, step)
+    A row's scale is `step` times its RMS over FINER[role], or what its largest entry needs in the integer type, whichever
+    is coarser; step = 0 is plain absmax rounding."""
+    levels = torch.iinfo(KINDS[role]).max
     rows = weight.detach().float().flatten(0, -2)
     rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64) / rows.size(1) ** 0.5
     largest = rows.abs().amax(dim=1, keepdim=True) / (levels - levels // 256)  # bfloat16 may round it down by 1 / 512
-    scale = torch.maximum((rms * step).float(), largest).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
+    scale = torch.maximum((rms * (step / FINER[role])).float(), largest).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
     return (rows / scale.float()).round_().clamp_(-levels, levels), scale
 
-def on_grid(weight: Tensor, kind: str, step: float) -> Tensor:
+def on_grid(weight: Tensor, role: str, step: float) -> Tensor:
     """The weight as it will be after export at this step."""
-    integers, scale = to_grid(weight, kind, step)
+    integers, scale = to_grid(weight, role, step)
     return integers.mul_(scale.float()).view_as(weight).to(weight.dtype)
 
 @contextlib.contextmanager
 def rounded_weights(model: GPT, roles: Mapping[str, str], step: float | None) -> Iterator[None]:
     """Inside, matrices lie on the export's grid of this step (None: as they are); gradients are taken there (late QAT)."""
-    chosen = [(p, kind_of(p, roles[name])) for name, p in model.named_parameters() if step is not None and is_matrix(p)]
+    chosen = [(p, roles[name]) for name, p in model.named_parameters() if step is not None and roles[name] in FINER]
     masters = [p.detach().clone() for p, _ in chosen]
     try:
         with torch.no_grad():
-            for p, kind in chosen:
-                p.copy_(on_grid(p, kind, step))
+            for p, role in chosen:
+                p.copy_(on_grid(p, role, step))
         yield
     finally:
         with torch.no_grad():
             for (p, _), master in zip(chosen, masters):
                 p.copy_(master)
 
-def planes(tensor: Tensor) -> bytes:
-    """A tensor's bytes, all lowest bytes first, then the next ones: each plane has statistics of its own."""
-    return tensor.flatten().view(torch.uint8).view(-1, tensor.element_size()).T.contiguous().numpy().tobytes()
+def planes(tensor: Tensor) -> list[bytes]:
+    """A tensor's bytes: all lowest ones, then all next ones. Integers are counted 0, -1, 1, -2 ..., so that small ones of
+    either sign have upper bytes of zero."""
+    if not tensor.is_floating_point():
+        tensor = (tensor << 1) ^ (tensor >> 8 * tensor.itemsize - 1)
+    return [plane.numpy().tobytes() for plane in tensor.flatten().view(torch.uint8).view(-1, tensor.itemsize).T]
 
-def from_planes(raw: bytes, kind: torch.dtype) -> Tensor:
-    """The inverse of `planes`: a flat tensor."""
-    parts = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(kind.itemsize, -1)
-    return parts.T.contiguous().flatten().view(kind)
+def from_planes(raw: list[bytes], kind: torch.dtype) -> Tensor:
+    """The inverse of `planes`: a flat float32 tensor."""
+    flat = torch.from_numpy(np.stack([np.frombuffer(plane, np.uint8) for plane in raw], axis=1).reshape(-1)).view(kind)
+    return (flat if kind.is_floating_point else (flat >> 1 & torch.iinfo(kind).max) ^ -(flat & 1)).float()
 
-def compress(raw: bytes, codec: str) -> bytes:
-    """Deflate, Huffman only, or zstd level 1: rounded weights hold no repeats, and levels that look for them code worse."""
+def compress(raw: bytes, codec: str, repeats: bool = False) -> bytes:
+    """Deflate or zstd. Rounded weights hold no repeats: a search for them costs bytes over Huffman's code alone."""
     if codec == "zstd":
-        return zstd().ZstdCompressor(level=1).compress(raw)
-    deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+        return zstd().ZstdCompressor(level=19 if repeats else 1).compress(raw)
+    deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY if repeats else zlib.Z_HUFFMAN_ONLY)
     return deflate.compress(raw) + deflate.flush()
 
-def decompress(packed: bytes, codec: str, size: int) -> bytes:
+def decompress(packed: memoryview, codec: str, size: int) -> bytes:
     """Exactly `size` bytes, never allocating more than one beyond; ValueError for anything else."""
     if codec == "zstd":
         if zstd().frame_content_size(packed) != size:
-            raise ValueError("the payload has another size than its tensors")
+            raise ValueError("a payload has another size than its tensors")
         raw = zstd().ZstdDecompressor().decompress(packed, allow_extra_data=False)
     else:
         inflate = zlib.decompressobj()
         raw = inflate.decompress(packed, size + 1)
         if not inflate.eof or inflate.unused_data:
-            raise ValueError("the payload does not end where it should")
+            raise ValueError("a payload does not end where it should")
     if len(raw) != size:
-        raise ValueError(f"the payload holds {len(raw)} bytes instead of {size}")
+        raise ValueError(f"a payload holds {len(raw)} bytes instead of {size}")
     return raw
 
 def zstd():
@@ -1327,24 +1320,98 @@ def zstd():
         raise UserError("COMPRESS_ALGO=zstd: the package zstandard is not installed; install it or use zlib") from None
     return zstandard
 
+def layout(tensors: Mapping[str, Tensor], roles: Mapping[str, str]) -> list[list]:
+    """Name, storage type and shape of every tensor, as the header holds them."""
+    return [[name, str(KINDS[roles[name]]).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
+
+def write_payloads(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float, codec: str) -> tuple[bytes, bytes]:
+    """The lowest bytes of all integers, and the rest (upper bytes, row scales, scalars), each compressed in its own way."""
+    lowest, rest = [], []
+    for name, weight in state.items():
+        if roles[name] in FINER:
+            integers, scale = to_grid(weight, roles[name], step)
+            low, *upper = planes(integers.to(KINDS[roles[name]]))
+            lowest.append(low)
+            rest += [*upper, *planes(scale)]
+        else:
+            rest += planes(weight)
+    return compress(b"".join(lowest), codec), compress(b"".join(rest), codec, repeats=True)
+
+def read_payloads(packed: memoryview, cut: int, codec: str, tensors: Mapping[str, Tensor], roles: Mapping[str, str],
+                  ) -> dict[str, Tensor]:
+    """The inverse of write_payloads, whose results meet at `cut`, for the shapes of (meta) tensors."""
+    rows = {name: p.numel() // p.size(-1) for name, p in tensors.items() if roles[name] in FINER}
+    low = sum(tensors[name].numel() for name in rows)
+    high = sum((KINDS[roles[name]].itemsize - 1) * p.numel() + 2 * rows[name] if name in rows else 4 * p.numel()
+               for name, p in tensors.items())
+    lowest, rest = io.BytesIO(decompress(packed[:cut], codec, low)), io.BytesIO(decompress(packed[cut:], codec, high))
+    state = {}
+    for name, p in tensors.items():
+        kind, n = KINDS[roles[name]], p.numel()
+        first = [lowest.read(n)] if name in rows else []
+        flat = from_planes([*first, *(rest.read(n) for _ in range(kind.itemsize - len(first)))], kind)
+        if name in rows:
+            flat.view(rows[name], -1).mul_(from_planes([rest.read(rows[name]), rest.read(rows[name])], torch.bfloat16)[:, None])
+        if not flat.isfinite().all():
+            raise ValueError(f"{name} holds a value that is no number")
+        state[name] = flat.view(p.shape)
+    return state
+
 def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, step: float) -> bytes:
     """The artifact's bytes, a pure function of the arguments: weights, and the settings of the model and its evaluation."""
-    tensors, integers, floats = [], [], []
-    for name, weight in state.items():
-        kind = kind_of(weight, roles[name])
-        if is_matrix(weight):
-            grid, scale = to_grid(weight, kind, step)
-            integers.append(planes(grid.to(KINDS[kind])))
-            floats.append(planes(scale))
-        else:
-            floats.append(planes(weight.to(KINDS[kind])))
-        tensors.append([name, kind, list(weight.shape)])
-    stored = {field.name: getattr(settings, field.name) for field in fields().values() if field.metadata["scope"] != "run"}
-    header = json.dumps(dict(codec=settings.compress_algo, settings=stored, tensors=tensors), separators=(",", ":")).encode()
-    body = struct.pack("<I", len(header)) + header + compress(b"".join(integers + floats), settings.compress_algo)
+    lowest, rest = write_payloads(state, roles, step, settings.compress_algo)
+    stored = {name: getattr(settings, name) for name, scope in SCOPES.items() if scope != "run"}
+    header = json.dumps(dict(codec=settings.compress_algo, settings=stored, tensors=layout(state, roles), cut=len(lowest)),
+                        separators=(",", ":")).encode()
+    body = struct.pack("<I", len(header)) + header + lowest + rest
     return MAGIC + hashlib.sha256(body).digest() + body
 
-def fit(size: Callable[[float], int], limit: int) -> float:
+def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """See unpack; raises anything. Nothing is inflated before all lengths agree with the file and the model of the settings."""
+    body = memoryview(blob)[len(MAGIC) + 32:]
+    if blob[:len(MAGIC)] != MAGIC:
+        raise ValueError("wrong magic or another version")
+    if hashlib.sha256(body).digest() != blob[len(MAGIC):len(MAGIC) + 32]:
+        raise ValueError("checksum mismatch")
+    end = 4 + struct.unpack("<I", body[:4])[0]
+    if end > min(len(body), LONGEST_HEADER):
+        raise ValueError("its header claims more bytes than it can have")
+    header = json.loads(bytes(body[4:end]))
+    if header["settings"].keys() != {name for name, scope in SCOPES.items() if scope != "run"}:
+        raise ValueError("its settings are not those of this program")
+    stored = {name: parse(name.upper(), str(int(value) if isinstance(value, bool) else value))
+              for name, value in header["settings"].items()}
+    settings = Hyperparameters(**stored)
+    check(settings, {})
+    with torch.device("meta"):
+        model = GPT(settings)
+    tensors, roles = dict(model.named_parameters()), parameter_roles(model)
+    if header["tensors"] != layout(tensors, roles) or not 0 <= operator.index(header["cut"]) <= len(body) - end:
+        raise ValueError("its tensors are not those of its settings")
+    return stored, read_payloads(body[end:], header["cut"], parse("COMPRESS_ALGO", header["codec"]), tensors, roles)
+
+def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The counterpart of encode: settings, and weights in float32; UserError for anything else. Executes nothing."""
+    try:
+        return decode(blob)
+    except UserError as error:
+        raise UserError(f"was made for settings that this program refuses ({ascii(str(error))[:300]})") from None
+    except Exception as error:  # whatever a hostile file can provoke in json, struct, zlib or zstandard
+        raise UserError(f"is no artifact of this program, or a damaged one ({ascii(str(error))[:300]})") from None
+
+def read_artifact(variable: str, path: Path, limit: float, world: World) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """`unpack` of a file on rank 0's disk; UserError, naming the variable that asked for it, also where it is missing or
+    larger than `limit` bytes."""
+    try:
+        if world.rank == 0 and path.stat().st_size > limit:
+            raise UserError(f"has {path.stat().st_size} bytes, more than SIZE_LIMIT_BYTES={limit}; raise that if it is meant")
+        return unpack(world.agree(path.read_bytes() if world.rank == 0 else b""))
+    except OSError as error:
+        raise UserError(f"{variable}={path}: must name an artifact to read ({error.strerror})") from None
+    except UserError as error:
+        raise UserError(f"{variable}={path}: {error}") from None
+
+def fit(size: Callable[[float], float], limit: float) -> float:
     """The finest quantization step with size(step) <= limit, to 0.1%; 0 if plain rounding fits; 64 or more if nothing does."""
     if size(0.0) <= limit:
         return 0.0
@@ -1359,95 +1426,22 @@ def fit(size: Callable[[float], int], limit: int) -> float:
             break
     return high
 
-def entropy_bytes(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float) -> int:
-    """The artifact's size by the order-0 entropy of each tensor's integers: good to about 1%, and fast on any device."""
-    total = 0.0
-    for name, weight in state.items():
-        if is_matrix(weight):
-            integers = to_grid(weight, kind_of(weight, roles[name]), step)[0].to(torch.int32).flatten()
-            p = torch.bincount(integers - integers.min()).double() / integers.numel()
-            total -= integers.numel() * torch.special.xlogy(p, p).sum().item() / math.log(256)
-        total += 2 * (weight.numel() // weight.shape[-1] if is_matrix(weight) else weight.numel())
-    return int(total)
-
 def pack(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, limit: int) -> tuple[bytes, float]:
     """The finest artifact within `limit` bytes, and its step. Deterministic: the same weights give the same bytes."""
     state = {name: weight.detach().float().cpu() for name, weight in state.items()}
     step = fit(lambda step: len(encode(state, roles, settings, step)), limit)
     return encode(state, roles, settings, step), step
 
-def describe_packing(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float) -> Iterator[str]:
-    """A log line for each role with matrices: parameters, bytes a parameter, relative squared error."""
-    for role in dict.fromkeys(roles.values()):
-        weights = [weight.float().cpu() for name, weight in state.items() if roles[name] == role and is_matrix(weight)]
-        if weights:
-            kind, count = kind_of(weights[0], role), sum(weight.numel() for weight in weights)
-            raw = b"".join(planes(to_grid(weight, kind, step)[0].to(KINDS[kind])) for weight in weights)
+def describe_packing(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float, codec: str) -> Iterator[str]:
+    """A log line for each role of matrices: parameters, step, bytes a parameter, relative squared error."""
+    for role in FINER:
+        part = {name: weight.float().cpu() for name, weight in state.items() if roles[name] == role}
+        if part:
+            count, size = sum(weight.numel() for weight in part.values()), sum(map(len, write_payloads(part, roles, step, codec)))
             error, energy = (sum(x.square().sum().item() for x in tensors) for tensors in
-                             ((on_grid(weight, kind, step) - weight for weight in weights), weights))
-            yield (f"quantized {role}: {count} parameters as {kind}, step {step:.4g}, bytes a parameter: deflate"
-                   f" {len(compress(raw, 'zlib')) / count:.4f}, relative squared error {error / max(energy, 1e-30):.3g}")
-
-def read_artifact(variable: str, path: Path, limit: float, world: World) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """Stored settings and float32 weights of an artifact on rank 0's disk. UserError, naming the variable that asked for it,
-    where it is missing, larger than `limit` bytes, corrupt, foreign or newer. Executes nothing."""
-    try:
-        if world.rank == 0 and path.stat().st_size > limit:
-            raise UserError(f"has {path.stat().st_size} bytes, more than SIZE_LIMIT_BYTES={limit}; raise that if it is meant")
-        return unpack(world.agree(path.read_bytes() if world.rank == 0 else b""))
-    except OSError as error:
-        raise UserError(f"{variable}={path}: must name an artifact to read ({error.strerror})") from None
-    except UserError as error:
-        raise UserError(f"{variable}={path}: {error}") from None
-
-def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The counterpart of encode; UserError for anything else."""
-    try:
-        return decode(blob)
-    except UserError as error:
-        raise UserError(f"was made for settings that this program refuses ({ascii(str(error))[:300]})") from None
-    except Exception as error:  # whatever a hostile file can provoke in json, struct, zlib or zstandard
-        raise UserError(f"is no artifact of this program, or a damaged one ({ascii(str(error))[:300]})") from None
-
-def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """See unpack; raises anything. Nothing is inflated before all lengths agree with the file and the model of the settings."""
-    body = memoryview(blob)[len(MAGIC) + 32:]
-    if blob[:len(MAGIC)] != MAGIC:
-        raise ValueError("wrong magic or another version")
-    if hashlib.sha256(body).digest() != blob[len(MAGIC):len(MAGIC) + 32]:
-        raise ValueError("checksum mismatch")
-    end = 4 + struct.unpack("<I", body[:4])[0]
-    if end > min(len(body), LONGEST_HEADER):
-        raise ValueError("its header claims more bytes than it can have")
-    header = json.loads(bytes(body[4:end]))
-    if header["settings"].keys() != {field.name for field in fields().values() if field.metadata["scope"] != "run"}:
-        raise ValueError("its settings are not those of this program")
-    settings = {name: parse(name.upper(), str(int(value) if isinstance(value, bool) else value))
-                for name, value in header["settings"].items()}
-    check(Hyperparameters(**settings), {})
-    with torch.device("meta"):
-        model = GPT(Hyperparameters(**settings))
-    kinds, roles = {name: kind for name, kind, _ in header["tensors"]}, parameter_roles(model)
-    if header["tensors"] != [[name, kinds.get(name), list(p.shape)] for name, p in model.named_parameters()]:
-        raise ValueError("its tensors are not those of its settings")
-    if any(kinds[name] not in possible_kinds(p, roles[name]) for name, p in model.named_parameters()):
-        raise ValueError("a tensor is stored as what it cannot be")
-    grids = [KINDS[kinds[name]].itemsize * p.numel() if is_matrix(p) else 0 for name, p in model.named_parameters()]
-    floats = [2 * p.numel() // p.size(-1) if is_matrix(p) else KINDS[kinds[name]].itemsize * p.numel()
-              for name, p in model.named_parameters()]
-    raw = memoryview(decompress(body[end:], parse("COMPRESS_ALGO", header["codec"]), sum(grids) + sum(floats)))
-    whole, rest, state = 0, sum(grids), {}
-    for (name, p), grid, scale in zip(model.named_parameters(), grids, floats):
-        kind = torch.bfloat16 if grid else KINDS[kinds[name]]
-        state[name] = from_planes(raw[rest:rest + scale], kind).float()
-        if grid:
-            integers = from_planes(raw[whole:whole + grid], KINDS[kinds[name]]).float()
-            state[name] = integers.view(-1, p.size(-1)).mul_(state[name][:, None])
-        if not state[name].isfinite().all():
-            raise ValueError(f"{name} holds a value that is no number")
-        state[name] = state[name].view(p.shape)
-        whole, rest = whole + grid, rest + scale
-    return settings, state
+                             ((on_grid(weight, role, step) - weight for weight in part.values()), part.values()))
+            yield (f"quantized {role}: {count} parameters, step {step / FINER[role]:.4g} of a row's RMS, bytes a parameter"
+                   f" {size / count:.4f}, relative squared error {error / max(energy, 1e-30):.3g}")
 
 def build_model(settings: Hyperparameters, world: World, state: Mapping[str, Tensor] | None = None) -> GPT:
     """The model on the world's device, with given weights, or with the seed's."""
@@ -1532,7 +1526,7 @@ class RunLog:
         self.write(f"python {platform.python_version()} torch {torch.__version__} numpy {np.__version__} sentencepiece"
                    f" {sentencepiece.__version__} source_sha256:{hashlib.sha256(source()).hexdigest()}")
         self.write(f"hardware: {hardware(world)}; compute dtype {compute_dtype(settings, world)}")
-        for name, field in fields().items():
+        for name, field in FIELDS.items():
             self.write(f"{name}={setting_text(settings, field.name)}", console=False)
         if world.device.type == "cpu" and settings.use_fa3:
             self.write("no CUDA: USE_FA3, FLASH_ATTN_* and SKIP_COMPILE=0 are accepted and unused")
@@ -1545,7 +1539,7 @@ def setting_text(settings: Hyperparameters, name: str) -> str:
 def command(settings: Hyperparameters, world: World) -> str:
     """The shell command that starts this run again."""
     default = Hyperparameters(**PRESETS[settings.preset])
-    changed = [n for n in map(str.lower, fields()) if n != "preset" and getattr(settings, n) != getattr(default, n)]
+    changed = [n for n in map(str.lower, FIELDS) if n != "preset" and getattr(settings, n) != getattr(default, n)]
     variables = " ".join(f"{name.upper()}={shlex.quote(setting_text(settings, name))}" for name in ("preset", *changed))
     program = "python" if world.size == 1 else f"torchrun --standalone --nproc_per_node={world.size}"
     return f"{variables} {program} {shlex.quote(sys.argv[0])}"
@@ -1737,8 +1731,10 @@ def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], Non
 def late_grid(trainer: Trainer, log: RunLog) -> float:
     """The quantization step at which the present weights would fit the cap: what late QAT rounds to."""
     limit = trainer.settings.size_limit_bytes - len(source())
-    state = trainer.model.state_dict()
-    grid = trainer.world.agree(fit(lambda step: entropy_bytes(state, trainer.roles, step), limit))
+    roles, codec = trainer.roles, trainer.settings.compress_algo
+    rows = {name: p.detach().flatten(0, -2 if roles[name] in FINER else -1) for name, p in trainer.model.named_parameters()}
+    sample = {name: row[torch.arange(0, len(row), 16)].cpu() for name, row in rows.items()}  # tells the size well enough
+    grid = trainer.world.agree(fit(lambda step: 16 * sum(map(len, write_payloads(sample, roles, step, codec))), limit))
     log.write(f"late_qat: from step {trainer.steps}, quantization step {grid:.4g}")
     return grid
 
@@ -1753,7 +1749,8 @@ def log_step(log: RunLog, step: int, loss: float, seconds: float, scale: float, 
 
 def flops_per_token(model: GPT, s: Hyperparameters) -> float:
     """Forward and backward: 6 a weight of the blocks' matrices and of the head, 6 L D T for causal attention."""
-    weights = sum(p.numel() for part in (model.blocks, model.head) for p in part.parameters() if is_matrix(p))
+    roles = parameter_roles(model)
+    weights = sum(p.numel() for n, p in model.named_parameters() if re.match("blocks|head", n) and roles[n] != "scalar")
     weights += model.head.products_with_E * s.vocab_size * s.model_dim
     return 6 * weights + 6 * s.num_layers * s.model_dim * s.train_seq_len
 
@@ -1908,7 +1905,7 @@ def export(weights: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hy
         blob, step = pack(weights, roles, settings, settings.size_limit_bytes - code)
         write_whole(log.folder / "final_model.int8.ptz", blob)
         packed, codec = (log.folder / "final_model.int8.ptz").stat().st_size, settings.compress_algo
-        for line in (*describe_packing(weights, roles, step), f"Code size: {code} bytes",
+        for line in (*describe_packing(weights, roles, step, codec), f"Code size: {code} bytes",
                      f"Serialized model int8+{codec}: {packed} bytes",
                      f"Total submission size int8+{codec}: {code + packed} bytes",
                      f"size_limit: {settings.size_limit_bytes} bytes headroom: {settings.size_limit_bytes - code - packed} bytes"):
@@ -1921,7 +1918,7 @@ def run_train(settings: Hyperparameters, world: World) -> int:
     if settings.init_from:
         stored, weights = read_artifact("INIT_FROM", Path(settings.init_from), settings.size_limit_bytes, world)
         settings = from_artifact({name: value for name, value in stored.items() if not name.startswith("head_")
-                                  and fields()[name.upper()].metadata["scope"] == "model"})
+                                  and SCOPES[name] == "model"})
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}-{settings.head_type}-{settings.seed}"
     settings = dataclasses.replace(prepare_demo(settings, world), run_id=settings.run_id or world.agree(stamp))
     micro_batch_sequences(settings, world)
