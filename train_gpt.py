@@ -28,6 +28,7 @@ import difflib
 import functools
 import glob
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -42,7 +43,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,7 @@ class Hyperparameters:
     # Evaluation and artifact
     eval_stride: int = setting(64, "tokens scored a window in the final evaluation; 0: TRAIN_SEQ_LEN", 0, 2**24, scope="eval")
     val_batch_size: int = setting(524288, "tokens of one evaluation batch, over all ranks", 1, 2**30, scope="eval")
+    quant: str = setting("plain", "rounding of the matrices to the artifact's grid", choices=("plain", "gptq"))
     eval_spectrum: bool = setting(False, "measure the rank of the log-probabilities (MODE=eval)")
     eval_split: str = setting("val", "split that is scored", choices=("val", "test"))
     artifact: str = setting("", "artifact to score (MODE=eval)")
@@ -156,32 +158,28 @@ class Hyperparameters:
     compress_algo: str = setting("zlib", "codec; zlib is deflate, Huffman only", choices=("zlib", "zstd"), scope="eval")
     size_limit_bytes: int = setting(16_000_000, "cap on this script's bytes plus the artifact's", 1, 2**50)
 
-PRESETS: dict[str, dict[str, object]] = {
-    "study": {},
-    "pilot": dict(
-        num_layers=9, mlp_mult=2, rope_dims=0, use_ntk_rope=False, xsa_last_n=0, smear_gate=False, bigram_hash=False,
-        ln_scale=False, value_embed=False, init_type="default", train_batch_tokens=524288, train_seq_len=1024,
-        warmdown_iters=1200, matrix_lr=0.04, scalar_lr=0.04, tied_embed_lr=0.05, muon_momentum=0.95,
-        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500, muon_weight_decay=0.0, adam_wd=0.0,
-        grad_clip_norm=0.0, use_ema=False, late_qat=False, eval_stride=0),
-    "demo": dict(
+PRESETS: dict[str, dict[str, object]] = dict(
+    study={},
+    pilot=dict(
+        num_layers=9, mlp_mult=2, rope_dims=0, use_ntk_rope=False, xsa_last_n=0, smear_gate=False, bigram_hash=False, ln_scale=False,
+        value_embed=False, init_type="default", train_batch_tokens=524288, train_seq_len=1024, warmdown_iters=1200, matrix_lr=0.04,
+        scalar_lr=0.04, tied_embed_lr=0.05, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500,
+        muon_weight_decay=0.0, adam_wd=0.0, grad_clip_norm=0.0, use_ema=False, late_qat=False, eval_stride=0),
+    demo=dict(
         data_path="demo", model_dim=128, num_heads=4, num_kv_heads=2, bigram_dim=32, ve_dim=32, train_batch_tokens=4096,
-        train_seq_len=256, max_wallclock_seconds=75.0, warmup_steps=0, warmdown_iters=100000, warmdown_frac=0.5,
-        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, muon_weight_decay=0.0,
-        adam_wd=0.0, ema_alpha=0.98, train_log_every=20),
-}
+        train_seq_len=256, max_wallclock_seconds=75.0, warmup_steps=0, warmdown_iters=100000, warmdown_frac=0.5, muon_momentum=0.95,
+        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, muon_weight_decay=0.0, adam_wd=0.0, ema_alpha=0.98,
+        train_log_every=20))
 CPU_BENCH = dict(train_batch_tokens=4096, train_seq_len=256)  # what MODE=bench times where there is no GPU
 # Published variables with one implemented behaviour: accepted at these values only.
 PUBLISHED_CONSTANTS = dict(
-    TIE_EMBEDDINGS="1", EMA_FROM_INIT="1", USE_QAT="0", GRAD_GUIDED_QUANT="0", SKIP_QUANT="0", QAT_BITS="6",
-    QUANT_BITS_MIDDLE="6", QUANT_BITS_MLP="6", MUON_BACKEND_STEPS="5", FLASH_ATTN_BACKEND="fa3",
-    FLASH_ATTN_STRICT="1", FLASH_ATTN_ARCH_LIST="9.0")
+    TIE_EMBEDDINGS="1", EMA_FROM_INIT="1", USE_QAT="0", GRAD_GUIDED_QUANT="0", SKIP_QUANT="0", QAT_BITS="6", QUANT_BITS_MIDDLE="6",
+    QUANT_BITS_MLP="6", MUON_BACKEND_STEPS="5", FLASH_ATTN_BACKEND="fa3", FLASH_ATTN_STRICT="1", FLASH_ATTN_ARCH_LIST="9.0")
 # The studies' own names of ours, and their switches, which `translate` explains.
 ALIASES = dict(MIXTURE_SOFTMAX_K="HEAD_K", MIXTURE_RANK_DIM="HEAD_RANK", SIMPLEX_DIM="HEAD_DIM", MOS_K="HEAD_K", MOS_RANK="HEAD_RANK")
 STUDY_HEADS = dict(standard="tied", mixture_softmax="mos")
 STUDY_B = ("USE_MOS", "MOS_K", "MOS_RANK")
 SWITCHES = dict(RANK_DIM="int", USE_MOS="bool", SKIP_COMPILE="bool")
-
 FIELDS = {field.name.upper(): field for field in dataclasses.fields(Hyperparameters)}  # by environment variable
 SCOPES = {field.name: field.metadata["scope"] for field in FIELDS.values()}
 
@@ -221,29 +219,21 @@ def reject_unknown(environ: Mapping[str, str]) -> None:
 
 def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """The settings as (the variable that says it, its text), both studies' names made ours; UserError for a contradiction."""
-    given = {name: (name, environ[name]) for name in FIELDS if name in environ}
     head = environ.get("HEAD_TYPE", "standard")
-    rank, mixed, eager = (convert(name, environ.get(name, "0"), kind) for name, kind in SWITCHES.items())
-
-    def put(source: str, name: str, text: str) -> None:
-        if given.setdefault(name, (source, text))[1] != text:
-            raise UserError(f"{source}={environ[source]}: contradicts {given[name][0]}={environ[given[name][0]]}; set only one")
-    if head in STUDY_HEADS and "HEAD_TYPE" in environ:
-        given["HEAD_TYPE"] = ("HEAD_TYPE", STUDY_HEADS[head])
+    rank, _, eager = (convert(name, environ.get(name, "0"), kind) for name, kind in SWITCHES.items())
     if rank < 0 or rank > 0 and head != "standard":
         raise UserError(f"RANK_DIM={rank}: must be 0 or unset, or above 0 with HEAD_TYPE=standard (factorized)")
-    if rank:
-        given["HEAD_TYPE"] = ("RANK_DIM", "factorized")
-        put("RANK_DIM", "HEAD_RANK", environ["RANK_DIM"])
-    if environ.get("USE_MOS") != "0":
-        for source in STUDY_B:
-            if source in environ:
-                put(source, "HEAD_TYPE", "mos")
-    if eager:
-        put("SKIP_COMPILE", "COMPILE", "0")
-    for alias, name in ALIASES.items():
-        if alias in environ and (mixed or alias not in STUDY_B or "USE_MOS" not in environ):
-            put(alias, name, environ[alias])
+    mixed = environ.get("USE_MOS", "1") == "1"  # USE_MOS=0 silences the rest of study B's names
+    said = [(name, name, environ[name]) for name in FIELDS if name in environ and not (name == "HEAD_TYPE" and head in STUDY_HEADS)]
+    said += [("HEAD_TYPE", "HEAD_TYPE", STUDY_HEADS[head])] if head in STUDY_HEADS and "HEAD_TYPE" in environ and not rank else []
+    said += [("RANK_DIM", "HEAD_TYPE", "factorized"), ("RANK_DIM", "HEAD_RANK", str(rank))] if rank else []
+    said += [(name, "HEAD_TYPE", "mos") for name in STUDY_B if name in environ and mixed]
+    said += [(alias, name, environ[alias]) for alias, name in ALIASES.items() if alias in environ and (mixed or alias not in STUDY_B)]
+    said += [("SKIP_COMPILE", "COMPILE", "0")] if eager else []
+    given: dict[str, tuple[str, str]] = {}
+    for source, name, text in said:
+        if given.setdefault(name, (source, text))[1] != text:
+            raise UserError(f"{source}={environ[source]}: contradicts {given[name][0]}={environ[given[name][0]]}; set only one")
     return given
 
 def convert(name: str, text: str, kind: str):
@@ -312,9 +302,9 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
             users = ", ".join(other for other, cls in HEADS.items() if name in cls.uses)
             raise UserError(f"{source}={text}: HEAD_TYPE={s.head_type} does not use it ({users} does); leave it unset")
     if "head_rank" in head.uses:
-        need(s.head_rank >= head.narrowest, "HEAD_RANK", f"be at least {head.narrowest} with HEAD_TYPE={s.head_type}")
-        bound = getattr(s, head.widest, s.head_rank)
-        need(s.head_rank <= bound, "HEAD_RANK", f"be at most {head.widest.upper()}={bound} with HEAD_TYPE={s.head_type}")
+        least, bound = head.ranks
+        most = getattr(s, bound, math.inf)
+        need(least <= s.head_rank <= most, "HEAD_RANK", f"lie in {least}..{bound.upper()}={most} with HEAD_TYPE={s.head_type}")
     need(s.head_trainable or s.head_type != "tied", "HEAD_TRAINABLE", "be 1 with HEAD_TYPE=tied, which has no parameters of its own")
     need(s.train_only == "all" or s.head_type != "tied" and s.head_trainable, "TRAIN_ONLY", "be all with HEAD_TYPE=tied"
          " (it has no parameters of its own; ITERATIONS=0 scores it) and with HEAD_TRAINABLE=0")
@@ -322,6 +312,8 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
          "be 0 with HEAD_TRAINABLE=0 or TRAIN_ONLY=head, where the head cannot follow the embedding")
 
 # ---- World: one process or torchrun's many; with one, communication is skipped --------------------------------------
+PROMPT, PATIENT = 50, 600  # seconds until a silent rank counts as lost: in general, and where code is compiled or gptq runs
+
 class World:
     """Rank, size and device; the few collectives that the program needs; the signals that ask it to stop."""
     def __init__(self) -> None:
@@ -342,7 +334,7 @@ class World:
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
-                dist.init_process_group(backend, timeout=datetime.timedelta(minutes=3))
+                dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PROMPT))
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"WORLD_SIZE={self.size}: the ranks cannot meet ({error}); start them with torchrun,"
                                 " or unset WORLD_SIZE") from None
@@ -355,6 +347,11 @@ class World:
                 signal.signal(number, signal.SIG_DFL)  # a second one is not kept waiting by a long operation
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, receive)
+
+    def wait_at_most(self, seconds: float) -> None:
+        """From now on, a collective in which another rank is silent for so long fails."""
+        if self.size > 1:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
 
     def heed(self) -> None:
         """Interrupted, if a signal has come to this rank. Called where the state is whole."""
@@ -466,10 +463,8 @@ class Shards:
         self.parts = [open_shard(path) for path in self.paths]
         self.starts = np.cumsum([0, *(part.size for part in self.parts)])
         self.vocab_size = vocab_size
-
     def __len__(self) -> int:
         return int(self.starts[-1])
-
     def take(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count - 1 (int64), wrapping; UserError for an id outside the vocabulary."""
         chunks = []
@@ -621,7 +616,6 @@ class Linear(nn.Linear):
             nn.init.orthogonal_(self.weight, gain=(2 * settings.num_layers) ** -0.5 if residual else 1.0)
         elif residual:
             nn.init.zeros_(self.weight)
-
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         weight = self.weight if scale is None else self.weight * scale[:, None]
         return F.linear(x, weight.to(x.dtype))
@@ -638,7 +632,6 @@ class Rotary(nn.Module):
         angle_TC = torch.outer(torch.arange(settings.train_seq_len, dtype=torch.float32), frequency)
         self.register_buffer("cos_T1C", angle_TC.cos()[:, None], persistent=False)
         self.register_buffer("sin_T1C", angle_TC.sin()[:, None], persistent=False)
-
     def forward(self, x_BTHC: Tensor) -> Tensor:
         T, half = x_BTHC.size(1), self.dims // 2
         cos, sin = self.cos_T1C[:T].to(x_BTHC.dtype), self.sin_T1C[:T].to(x_BTHC.dtype)
@@ -672,7 +665,6 @@ class Attention(nn.Module):
         self.out = Linear(settings, D, D, residual=True)
         self.q_gain = nn.Parameter(torch.full((self.H,), settings.qk_gain_init))
         self.rotary, self.exclusive, self.kernel = rotary, exclusive, attention_kernel(settings)
-
     def forward(self, x_BTD: Tensor, embedded: Tensor | None, scale_D: Tensor) -> Tensor:
         B, T, D = x_BTD.shape
         q_BTHC = self.rotary(norm(self.q(x_BTD).view(B, T, self.H, self.C))) * self.q_gain.to(x_BTD.dtype)[:, None]
@@ -698,7 +690,6 @@ class MLP(nn.Module):
         hidden = settings.mlp_mult * settings.model_dim
         self.up = Linear(settings, settings.model_dim, hidden)
         self.down = Linear(settings, hidden, settings.model_dim, residual=True)
-
     def forward(self, x: Tensor, scale_D: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x)).square(), scale_D)
 
@@ -713,7 +704,6 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
         self.norm_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0
-
     def forward(self, x: Tensor, x0: Tensor, value: Tensor | None) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
@@ -725,7 +715,6 @@ class SmearGate(nn.Module):
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(settings.model_dim))
-
     def forward(self, x_BTD: Tensor, starts_BT: Tensor) -> Tensor:
         before = F.pad(x_BTD, (0, 0, 1, -1)).masked_fill(starts_BT[..., None], 0.0)
         return torch.lerp(x_BTD, before, torch.sigmoid(self.gate).to(x_BTD.dtype))
@@ -738,12 +727,10 @@ class BigramHash(nn.Module):
         nn.init.zeros_(self.table.weight)
         self.proj = Linear(settings, settings.bigram_dim, settings.model_dim)
         self.layer_scale = nn.Parameter(torch.full((settings.num_layers,), 0.05))
-
     def rows(self, x_BT: Tensor, starts_BT: Tensor) -> Tensor:
         last = self.table.num_embeddings - 1
         pair = torch.bitwise_xor(36313 * x_BT, 27191 * F.pad(x_BT, (1, -1))) % last
         return pair.masked_fill(starts_BT, last)
-
     def forward(self, x_BT: Tensor, starts_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return self.proj(self.table(self.rows(x_BT, starts_BT)).to(dtype))
 
@@ -757,7 +744,6 @@ class ValueEmbedding(nn.Module):
         self.proj = Linear(settings, settings.ve_dim, kv_dim, residual=True)
         self.scale = nn.Parameter(torch.tensor(0.1))
         self.layer_scale = nn.Parameter(torch.ones(count))
-
     def forward(self, x_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return self.proj(self.table(x_BT).to(dtype)) * self.scale.to(dtype)
 
@@ -778,6 +764,7 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D)) if L > 1 else None
         self.value_layers = value_layers(settings)
         self.value_embed = ValueEmbedding(settings, len(self.value_layers)) if self.value_layers else None
+        self.requires_grad_(settings.train_only == "all")
         self.head = head_class(settings)(settings).requires_grad_(settings.head_trainable)
         self.head.copy_embedding(self.tok_emb.weight)
 
@@ -818,14 +805,18 @@ class GPT(nn.Module):
     def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         return self.nll(x_BT, y_BT).mean()
 
+def on_meta(settings: Hyperparameters) -> GPT:
+    """The model without memory: names and shapes."""
+    with torch.device("meta"):
+        return GPT(settings)
+
 # ---- Heads: from hidden states to log-probabilities -----------------------------------------------------------------
 class Head(nn.Module):
     """A head is its own parameters and its logits; a mixture overrides `nll` and `log_probs` instead of `logits`.
     h_ND are normed hidden states, x_N current tokens, y_N targets, E_VD the token embedding. A head initialises itself,
     to equal the tied head at step 0 wherever that is possible."""
     uses: tuple[str, ...] = ()  # the settings that it reads
-    widest = "model_dim"  # the setting that bounds its HEAD_RANK; "": none does
-    narrowest = 1  # its least HEAD_RANK
+    ranks = (1, "model_dim")  # its least HEAD_RANK, and the setting that bounds it ("": none does)
     vocab_lr = 0.008  # HEAD_LR where that is not set
     products_with_E = 1  # how often it multiplies by E: its FLOPs beside those of its own parameters
 
@@ -839,9 +830,9 @@ class Head(nn.Module):
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         """Declare the head's own parameters with `add`; the tied head has none."""
 
-    def add(self, role: str, **initial: Tensor) -> None:
-        """Parameters by name with their optimizer: "matrix" (Muon), "vocab" (Adam, HEAD_LR) or "scalar" (Adam)."""
-        for name, value in initial.items():
+    def add(self, **roles: dict[str, Tensor]) -> None:
+        """Initial values by role, which chooses the optimizer, and name: `matrix` (Muon), `vocab` (Adam at HEAD_LR), `scalar`."""
+        for role, name, value in ((role, *item) for role, values in roles.items() for item in values.items()):
             setattr(self, name, nn.Parameter(value))
             self.roles[name] = role
 
@@ -864,9 +855,11 @@ class Head(nn.Module):
         """Normalised log-probabilities of the whole vocabulary in nats, NxV."""
         return F.log_softmax(self.logits(h_ND, x_N, E_VD), dim=-1)
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in the dtype of x."""
-    return F.linear(x, weight.to(x.dtype))
+def project(x: Tensor, *weights: Tensor) -> Tensor:
+    """x W^T for one weight after the other, in the dtype of x."""
+    for weight in weights:
+        x = F.linear(x, weight.to(x.dtype))
+    return x
 
 def fan_in_normal(*shape: int) -> Tensor:
     """Normal entries of variance 1 / fan-in: a product with a unit-variance vector keeps its variance."""
@@ -879,81 +872,57 @@ class Tied(Head):
 
 class Untied(Head):
     """cap(D h); D is a copy of E, and follows it until HEAD_UNTIE_FRAC of training is over (modded-nanogpt)."""
-    uses = ("head_lr", "head_untie_frac")
-    products_with_E = 0
-
+    uses, products_with_E = ("head_lr", "head_untie_frac"), 0
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
-        self.add("vocab", D_VD=torch.zeros(V, D))
-
+        self.add(vocab=dict(D_VD=torch.zeros(V, D)))
     @torch.no_grad()
     def copy_embedding(self, E_VD: Tensor) -> None:
         self.D_VD.copy_(E_VD)
-
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(h_ND, self.D_VD))
 
 class Factorized(Head):
     """cap(g C A h): a softmax bottleneck of rank R with a learned scale g (study A, H1 and H2, made trainable)."""
-    uses = ("head_lr", "head_rank")
-    products_with_E = 0
-
+    uses, products_with_E = ("head_lr", "head_rank"), 0
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
-        self.add("matrix", A_RD=fan_in_normal(R, D))
-        self.add("vocab", C_VR=fan_in_normal(V, R))
-        self.add("scalar", g=torch.tensor(self.tied_logit_std))
-
+        self.add(matrix=dict(A_RD=fan_in_normal(R, D)), vocab=dict(C_VR=fan_in_normal(V, R)),
+                 scalar=dict(g=torch.tensor(self.tied_logit_std)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
-        return self.cap(project(project(h_ND, self.A_RD), self.C_VR * self.g))
+        return self.cap(project(h_ND, self.A_RD, self.C_VR * self.g))
 
 class Simplex(Head):
     """cap(g C s) with s = M softmax(S h) - 1, a point of the simplex centred and scaled (study A, H6, made trainable)."""
-    uses = ("head_lr", "head_dim")
-    products_with_E = 0
-
+    uses, products_with_E = ("head_dim", "head_lr"), 0
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
-        M = settings.head_dim
-        self.add("matrix", S_MD=fan_in_normal(M, D))
-        self.add("vocab", C_VM=fan_in_normal(V, M))
         # S h is standard normal at step 0, so M softmax(S h) is about lognormal, with variance e - 1.
-        self.add("scalar", g=torch.tensor(self.tied_logit_std / (math.e - 1) ** 0.5))
-
+        self.add(matrix=dict(S_MD=fan_in_normal(settings.head_dim, D)), vocab=dict(C_VM=fan_in_normal(V, settings.head_dim)),
+                 scalar=dict(g=torch.tensor(self.tied_logit_std / (math.e - 1) ** 0.5)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         s_NM = self.S_MD.size(0) * torch.softmax(at_least_fp32(project(h_ND, self.S_MD)), dim=-1) - 1
         return self.cap(project(s_NM.to(h_ND.dtype), self.C_VM * self.g))
 
 class Delta(Head):
     """cap((E + C A) h): the tied head and a correction of rank R; R = 0: a full one, C alone."""
-    uses = ("head_lr", "head_rank")
-    narrowest = 0
-
+    uses, ranks = ("head_lr", "head_rank"), (0, "model_dim")
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
-        self.add("matrix", **(dict(A_RD=fan_in_normal(R, D)) if R else {}))
-        self.add("vocab", C_VR=torch.zeros(V, R or D))
-
+        self.add(matrix=dict(A_RD=fan_in_normal(R, D)) if R else {}, vocab=dict(C_VR=torch.zeros(V, R or D)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
-        a_NR = project(h_ND, self.A_RD) if "A_RD" in self.roles else h_ND
-        return self.cap(project(h_ND, E_VD) + project(a_NR, self.C_VR))
+        factors = [getattr(self, name) for name in self.roles]
+        return self.cap(project(h_ND, E_VD) + project(h_ND, *factors))
 
 class Wide(Head):
     """cap(E h + C relu(A h)^2): R more features than the width, so logits of true rank D + R, at their least price."""
-    uses = ("head_lr", "head_rank")
-    widest = ""
-
+    uses, ranks = ("head_lr", "head_rank"), (1, "")
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
-        self.add("matrix", A_RD=fan_in_normal(R, D))
-        self.add("vocab", C_VR=torch.zeros(V, R))
-
+        self.add(matrix=dict(A_RD=fan_in_normal(R, D)), vocab=dict(C_VR=torch.zeros(V, R)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(h_ND, E_VD) + project(F.relu(project(h_ND, self.A_RD)).square(), self.C_VR))
 
 class Bigram(Head):
     """cap(E h + C a[x]): the tied head and a factored bigram bias on the current token x."""
-    uses = ("head_lr", "head_rank")
-    widest = "vocab_size"
-
+    uses, ranks = ("head_lr", "head_rank"), (1, "vocab_size")
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
-        self.add("vocab", a_VR=torch.randn(V, R), C_VR=torch.zeros(V, R))
-
+        self.add(vocab=dict(a_VR=torch.randn(V, R), C_VR=torch.zeros(V, R)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(h_ND, E_VD) + project(F.embedding(x_N, self.a_VR).to(h_ND.dtype), self.C_VR))
 
@@ -962,34 +931,27 @@ class MixtureOfSoftmaxes(Head):
     U = 0 starts all components at the tied head; independent V_k let their gradients differ from the first step.
     Training needs only the K target log-probabilities, so the V-wide mixture is never formed."""
     uses = ("head_k", "head_rank")
-
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.products_with_E = K = settings.head_k
         self.gate_KD = self.gate_bias_K = None  # one component needs no gate
-        self.add("matrix", U_KDR=torch.zeros(K, D, R), V_KRD=fan_in_normal(K, R, D))
-        if K > 1:
-            self.add("scalar", gate_KD=torch.zeros(K, D), gate_bias_K=torch.zeros(K))
-
+        self.add(matrix=dict(U_KDR=torch.zeros(K, D, R), V_KRD=fan_in_normal(K, R, D)),
+                 scalar=dict(gate_KD=torch.zeros(K, D), gate_bias_K=torch.zeros(K)) if K > 1 else {})
     def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
         """U_DR and V_RD of each component."""
         return zip(self.U_KDR, self.V_KRD)
-
     def component_logits(self, h_ND: Tensor, E_VD: Tensor, U_DR: Tensor, V_RD: Tensor) -> Tensor:
-        return self.cap(project(h_ND + project(project(h_ND, V_RD), U_DR), E_VD))
-
+        return self.cap(project(h_ND + project(h_ND, V_RD, U_DR), E_VD))
     def log_pi(self, h_ND: Tensor) -> Tensor:
         """Log mixture weights, NxK."""
         if self.gate_KD is None:
             return at_least_fp32(h_ND.new_zeros(h_ND.size(0), 1))
         return F.log_softmax(F.linear(at_least_fp32(h_ND), self.gate_KD, self.gate_bias_K), dim=-1)
-
     def nll(self, h_ND: Tensor, x_N: Tensor, y_N: Tensor, E_VD: Tensor) -> Tensor:
         def component(h: Tensor, E: Tensor, U: Tensor, V: Tensor, y: Tensor) -> Tensor:
             return -F.cross_entropy(self.component_logits(h, E, U, V), y, reduction="none")
         log_p_NK = torch.stack([checkpoint(component, h_ND, E_VD, U, V, y_N, use_reentrant=False)
                                 for U, V in self.factors()], dim=-1)
         return -torch.logsumexp(self.log_pi(h_ND) + log_p_NK, dim=-1)
-
     def log_probs(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         parts_KNV = torch.stack([F.log_softmax(self.component_logits(h_ND, E_VD, U, V), dim=-1) for U, V in self.factors()])
         return torch.logsumexp(self.log_pi(h_ND).T[..., None] + parts_KNV, dim=0)
@@ -1001,61 +963,49 @@ def orthogonal(rows: int, columns: int) -> Tensor:
 class FactorizedPR908(Factorized):
     """cap(C A h), orthogonal factors and no scale: |C A h| <= |h|, which bounds the logits."""
     g = 1.0
-
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
-        self.add("matrix", A_RD=orthogonal(R, D))
-        self.add("vocab", C_VR=orthogonal(V, R))
+        self.add(matrix=dict(A_RD=orthogonal(R, D)), vocab=dict(C_VR=orthogonal(V, R)))
 
-class SimplexPR908(Head):
+class SimplexPR908(Simplex):
     """cap(C softmax(S h)), orthogonal S and C: a mean of the columns of C, so almost uniform."""
-    uses, products_with_E = Simplex.uses, 0
-
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
-        self.add("matrix", S_MD=orthogonal(settings.head_dim, D))
-        self.add("vocab", C_VM=orthogonal(V, settings.head_dim))
-
+        self.add(matrix=dict(S_MD=orthogonal(settings.head_dim, D)), vocab=dict(C_VM=orthogonal(V, settings.head_dim)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(torch.softmax(project(h_ND, self.S_MD), dim=-1), self.C_VM))
 
 class MixturePR908(Head):
     """cap(sum_k pi_k C_k A_k h), pi = softmax(G h): a mixture of logits, so one softmax of rank K R."""
     uses, products_with_E = ("head_k", "head_lr", "head_rank"), 0
-
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
-        K = settings.head_k
-        self.add("matrix", A_KRD=torch.stack([orthogonal(R, D) for _ in range(K)]))
-        self.add("vocab", C_KVR=torch.stack([orthogonal(V, R) for _ in range(K)]))
-        self.add("scalar", gate_KD=(2 * torch.rand(K, D) - 1) / D ** 0.5)
-
+        A_KRD, C_KVR = (torch.stack([orthogonal(n, m) for _ in range(settings.head_k)]) for n, m in ((R, D), (V, R)))
+        gate_KD = (2 * torch.rand(settings.head_k, D) - 1) / D ** 0.5
+        self.add(matrix=dict(A_KRD=A_KRD), vocab=dict(C_KVR=C_KVR), scalar=dict(gate_KD=gate_KD))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         pi_KN1 = torch.softmax(project(h_ND, self.gate_KD), dim=-1).T[..., None]
-        return self.cap(sum(pi * project(project(h_ND, A), C) for pi, A, C in zip(pi_KN1, self.A_KRD, self.C_KVR)))
+        return self.cap(sum(pi_N1 * project(h_ND, A, C) for pi_N1, A, C in zip(pi_KN1, self.A_KRD, self.C_KVR)))
 
 class MixturePR266(MixtureOfSoftmaxes):
     """log sum_k pi_k softmax(E U_k V h), pi = softmax(G h): all components share one V of rank R, and there is no cap."""
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.products_with_E, self.gate_bias_K = settings.head_k, None
-        self.add("matrix", V_RD=0.02 * torch.randn(R, D), U_MR=0.02 * torch.randn(settings.head_k * D, R))
-        self.add("scalar", gate_KD=0.02 * torch.randn(settings.head_k, D))
-
+        self.add(matrix=dict(V_RD=0.02 * torch.randn(R, D), U_MR=0.02 * torch.randn(settings.head_k * D, R)),
+                 scalar=dict(gate_KD=0.02 * torch.randn(settings.head_k, D)))
     def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
         return ((U_DR, self.V_RD) for U_DR in self.U_MR.chunk(self.products_with_E))
-
     def component_logits(self, h_ND: Tensor, E_VD: Tensor, U_DR: Tensor, V_RD: Tensor) -> Tensor:
-        return at_least_fp32(project(project(project(h_ND, V_RD), U_DR), E_VD))
+        return at_least_fp32(project(h_ND, V_RD, U_DR, E_VD))
 
 HEADS: dict[str, type[Head]] = dict(
     tied=Tied, untied=Untied, factorized=Factorized, mos=MixtureOfSoftmaxes, simplex=Simplex, delta=Delta, wide=Wide, bigram=Bigram)
 VARIANTS: dict[str, type[Head]] = {
     "factorized/pr908": FactorizedPR908, "simplex/pr908": SimplexPR908, "mos/pr908": MixturePR908, "mos/pr266": MixturePR266}
 
-def head_class(settings: Hyperparameters) -> type[Head]:
+def head_class(s: Hyperparameters) -> type[Head]:
     """The class of HEAD_TYPE, or of its HEAD_VARIANT; UserError where it has no such variant."""
-    name = f"{settings.head_type}/{settings.head_variant}"
-    if settings.head_variant and name not in VARIANTS:
-        raise UserError(f"HEAD_VARIANT={settings.head_variant}: must be unset with HEAD_TYPE={settings.head_type}; there are"
-                        f" {', '.join(VARIANTS)}")
-    return VARIANTS[name] if settings.head_variant else HEADS[settings.head_type]
+    found = VARIANTS.get(f"{s.head_type}/{s.head_variant}") if s.head_variant else HEADS[s.head_type]
+    if found is None:
+        raise UserError(f"HEAD_VARIANT={s.head_variant}: HEAD_TYPE={s.head_type} has none of that name; known: {', '.join(VARIANTS)}")
+    return found
 
 # ---- Optimizers: Muon for matrices, Adam for the rest; every parameter in exactly one group -------------------------
 TRUNK_ROLES = (
@@ -1102,7 +1052,6 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             shapes.setdefault(p.shape, []).append(p)
         super().__init__([dict(params=group) for group in shapes.values()], defaults)
-
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
@@ -1116,7 +1065,6 @@ class Muon(torch.optim.Optimizer):
             stretch = max(1.0, update.size(-2) / update.size(-1)) ** 0.5
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update.view_as(gradient).to(params[0].dtype)), alpha=-group["lr"] * stretch)
-
     def orthogonalise(self, stack: Tensor) -> Tensor:
         """Each rank does its share of the stack; all get the whole."""
         count, share = len(stack), -(-len(stack) // self.world.size)
@@ -1178,62 +1126,57 @@ def finished(step: int, seconds: float, s: Hyperparameters) -> bool:
     return step >= s.iterations or 0 < s.max_wallclock_seconds <= seconds
 
 # ---- Evaluate: exact bits per byte, plain or sliding ----------------------------------------------------------------
+Validation = tuple[Tensor, ByteCounts]  # the split that is scored, int64 on the device, and its tokens' bytes
+
 @torch.inference_mode()
 def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int, s: Hyperparameters, world: World,
              ) -> tuple[float, float]:
     """Mean loss in nats a token, and bits per byte, over every target after the first token, each scored once.
-    Window k reads T tokens from token k stride and scores the targets that no window before it scored; the first that
-    reaches the end is the last. Stride 0 means T. tokens_N: the split, int64, on the world's device."""
-    T, end = s.train_seq_len, len(tokens_N)
-    stride = stride or T
+    Stride 0 means TRAIN_SEQ_LEN. tokens_N: the split, int64, on the world's device."""
     nll = maybe_compile(model.nll, s, world)
     total = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, bytes, tokens
-    for starts_B, scored in window_batches(1 + max(0, -(-(end - 1 - T) // stride)), stride, end, s, world):
-        world.heed()
-        index = starts_B[:, None] + torch.arange(T + 1, device=world.device)
-        sequence = tokens_N[index.clamp(max=end - 1)]
-        x, y = sequence[:, :-1], sequence[:, 1:]
-        inside = (index[:, 1:] < end)[:, -scored:].double()  # positions beyond the end are never scored
-        text_bytes = byte_counts(x[:, -scored:], y[:, -scored:])
-        total += torch.stack(((nll(x, y, scored) * inside).sum(), (text_bytes * inside).sum(), inside.sum()))
+    for x_BT, y_BT, inside_BT, scored in windows(tokens_N, stride or s.train_seq_len, s, world):
+        inside = inside_BT[:, -scored:].double()
+        text_bytes = byte_counts(x_BT[:, -scored:], y_BT[:, -scored:])
+        total += torch.stack(((nll(x_BT, y_BT, scored) * inside).sum(), (text_bytes * inside).sum(), inside.sum()))
     nats, text_bytes, count = world.sum(total.cpu()).tolist()
     return nats / count, nats / math.log(2) / text_bytes
 
-def window_batches(windows: int, stride: int, end: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, int]]:
-    """This rank's windows: their first tokens, starts_B, and the targets that each scores: T in the first, then `stride`.
-    All batches have one shape, for compiled code: the last is filled up with empty windows, which start at the end."""
-    limit = 131072 if world.device.type == "cuda" else 16384
-    B = max(1, min(s.val_batch_size // world.size, limit) // s.train_seq_len)
-    first = 0 if stride == s.train_seq_len else 1
-    if first and world.rank == 0:
-        yield F.pad(torch.zeros(1, dtype=torch.int64, device=world.device), (0, B - 1), value=end), s.train_seq_len
-    low, high = (first + (windows - first) * rank // world.size for rank in (world.rank, world.rank + 1))
-    for k in range(low, high, B):
-        starts_B = torch.arange(k, min(k + B, high), device=world.device) * stride
-        yield F.pad(starts_B, (0, B - len(starts_B)), value=end), stride
+def windows(tokens_N: Tensor, stride: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """This rank's batches of windows: x_BT, y_BT, which targets exist, and how many of the last ones each window scores.
+    Window k reads T tokens from token k stride and scores the targets that no window before it scored: T in the first, then
+    `stride`; the first that reaches the end is the last. All batches have one shape, for compiled code: the last is filled
+    up with empty windows, which start at the end."""
+    T, end, device = s.train_seq_len, len(tokens_N), world.device
+    limit = 131072 if device.type == "cuda" else 16384
+    B, count = max(1, min(s.val_batch_size // world.size, limit) // T), 1 + max(0, -(-(end - 1 - T) // stride))
+    first = 0 if stride == T else 1  # window 0 scores like the others, or goes alone
+    low, high = (first + (count - first) * rank // world.size for rank in (world.rank, world.rank + 1))
+    batches = [(range(k, min(k + B, high)), stride) for k in range(low, high, B)]
+    for batch, scored in [(range(1), T)] * (first and world.rank == 0) + batches:
+        world.heed()
+        starts_B = F.pad(torch.arange(batch.start, batch.stop, device=device) * stride, (0, B - len(batch)), value=end)
+        index = starts_B[:, None] + torch.arange(T + 1, device=device)
+        sequence = tokens_N[index.clamp(max=end - 1)]
+        yield sequence[:, :-1], sequence[:, 1:], index[:, 1:] < end, scored
 
 @torch.inference_mode()
 def spectrum(model: GPT, tokens_N: Tensor, s: Hyperparameters, world: World) -> dict[str, float]:
     """How far the log-probabilities exceed rank D: over at least 65,536 contexts (where the split has them), in float64
     from the hidden states on, each context's mean over V subtracted; from the eigenvalues of the V x V Gram matrix."""
-    head, E_VD = copy.deepcopy(model.head).double(), model.tok_emb.weight.double()
-    windows = min(-(-65536 // s.train_seq_len), -(-(len(tokens_N) - 1) // s.train_seq_len))
+    head, E_VD, T = copy.deepcopy(model.head).double(), model.tok_emb.weight.double(), s.train_seq_len
     gram_VV = torch.zeros(s.vocab_size, s.vocab_size, dtype=torch.float64, device=world.device)
-    count = torch.zeros((), dtype=torch.int64, device=world.device)
-    for starts_B, _ in window_batches(windows, s.train_seq_len, len(tokens_N), s, world):
-        world.heed()
-        index_BT = starts_B[:, None] + torch.arange(s.train_seq_len, device=world.device)
-        x_BT, inside_N = tokens_N[index_BT.clamp(max=len(tokens_N) - 1)], (index_BT < len(tokens_N) - 1).flatten()
-        h_ND, x_N = model.hidden(x_BT).flatten(0, 1)[inside_N].double(), x_BT.flatten()[inside_N]
-        count += len(x_N)
+    contexts = tokens_N[:-(-65536 // T) * T + 1]
+    for x_BT, _, inside_BT, _ in windows(contexts, T, s, world):
+        h_ND, x_N = model.hidden(x_BT)[inside_BT].double(), x_BT[inside_BT]
         for h, x in zip(h_ND.split(1024), x_N.split(1024)):  # never all contexts' vocabulary at once
             z_NV = head.log_probs(h, x, E_VD)
             z_NV -= z_NV.mean(dim=-1, keepdim=True)
             gram_VV.addmm_(z_NV.T, z_NV)
     energy_V = torch.linalg.eigvalsh(world.sum(gram_VV).cpu()).flip(0).clamp_min(0)
     share_V = energy_V.cumsum(0) / energy_V.sum()
-    beyond = 1 - share_V[min(s.model_dim, s.vocab_size) - 1].item()
-    return dict(contexts=int(world.sum(count)), rank_9999=1 + int((share_V < 0.9999).sum()), energy_beyond_model_dim=beyond)
+    return dict(contexts=len(contexts) - 1, rank_9999=1 + int((share_V < 0.9999).sum()),
+                energy_beyond_model_dim=1 - share_V[min(s.model_dim, s.vocab_size) - 1].item())
 
 def maybe_compile(function: Callable, settings: Hyperparameters, world: World) -> Callable:
     """The function compiled, where COMPILE says so; shapes are static."""
@@ -1245,18 +1188,54 @@ MAGIC = b"GPTHEAD2"  # magic and version; then SHA-256 of the rest, header lengt
 LONGEST_HEADER = 2**20  # bytes
 # How a tensor is stored, by its role, and how much finer its grid is: what makes logits is the most sensitive.
 KINDS = dict(matrix=torch.int8, table=torch.int8, tied=torch.int16, vocab=torch.int16, scalar=torch.float32)
-FINER = dict(matrix=1.0, table=2.0, tied=8.0, vocab=6.0)
+FINER = dict(matrix=1.0, table=2.0, tied=16.0, vocab=8.0)
 
-def to_grid(weight: Tensor, role: str, step: float) -> tuple[Tensor, Tensor]:
+def to_grid(weight: Tensor, role: str, step: float, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Integers (rows x columns) and row scales (bfloat16) of a matrix or a stack: weight is about integers * scales.
     A row's scale is `step` times its RMS over FINER[role], or what its largest entry needs in the integer type, whichever
-    is coarser; step = 0 is plain absmax rounding."""
+    is coarser; step = 0 is plain absmax rounding. Rounds to the nearest, or by `gptq` where there is a Hessian."""
     levels = torch.iinfo(KINDS[role]).max
     rows = weight.detach().float().flatten(0, -2)
     rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64) / rows.size(1) ** 0.5
     largest = rows.abs().amax(dim=1, keepdim=True) / (levels - levels // 256)  # bfloat16 may round it down by 1 / 512
     scale = torch.maximum((rms * (step / FINER[role])).float(), largest).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
-    return (rows / scale.float()).round_().clamp_(-levels, levels), scale
+    exact = rows / scale.float()
+    return (exact.round_().clamp_(-levels, levels) if hessian is None else gptq(exact, hessian, levels)), scale
+
+def gptq(exact: Tensor, hessian: Tensor, levels: int) -> Tensor:
+    """Rounds column by column, largest inputs first; later columns make up for the error of earlier ones on inputs x with
+    sum x x^T = hessian (Frantar et al. 2022: damping of 1%, Cholesky factor of the inverse, blocks of 128 columns)."""
+    order = hessian.diagonal().argsort(descending=True)
+    H, W = hessian[order][:, order].double(), exact[:, order]
+    H.diagonal().add_(0.01 * H.diagonal().mean() + 1e-10)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).to(W.dtype)
+    rounded, errors = torch.empty_like(W), torch.empty_like(W)
+    for start in range(0, W.size(1), 128):
+        stop = min(start + 128, W.size(1))
+        for i in range(start, stop):
+            rounded[:, i] = W[:, i].round().clamp(-levels, levels)
+            errors[:, i] = (W[:, i] - rounded[:, i]) / U[i, i]
+            W[:, i + 1:stop].addr_(errors[:, i], U[i, i + 1:stop], alpha=-1)
+        W[:, stop:] -= errors[:, start:stop] @ U[start:stop, stop:]
+    return rounded[:, order.argsort()]
+
+def calibrate(model: GPT, batches: Iterable[list[tuple[Tensor, Tensor]]], world: World) -> dict[str, Tensor]:
+    """gptq's Hessians: sums of x x^T over the inputs x of every Linear on these batches of all ranks, by the weight's name;
+    for an embedding that makes logits, over the final hidden states."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, inputs: tuple[Tensor, ...]) -> None:
+        x_ND = inputs[0].flatten(0, -2).float()
+        sums[name] = torch.addmm(sums[name], x_ND.T, x_ND) if name in sums else x_ND.T @ x_ND
+    hooks = [module.register_forward_pre_hook(lambda _, inputs, name=name: add(f"{name}.weight", inputs))
+             for name, module in model.named_modules() if isinstance(module, Linear)]
+    with torch.no_grad():
+        for x_BT, _ in (micro_batch for batch in batches for micro_batch in batch):
+            h_BTD = model.hidden(x_BT)
+            add("tok_emb.weight" if model.head.products_with_E else "head.D_VD", (h_BTD,))
+    for hook in hooks:
+        hook.remove()
+    return {name: world.sum(total).cpu() for name, total in sums.items()}
 
 def on_grid(weight: Tensor, role: str, step: float) -> Tensor:
     """The weight as it will be after export at this step."""
@@ -1324,12 +1303,13 @@ def layout(tensors: Mapping[str, Tensor], roles: Mapping[str, str]) -> list[list
     """Name, storage type and shape of every tensor, as the header holds them."""
     return [[name, str(KINDS[roles[name]]).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
 
-def write_payloads(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float, codec: str) -> tuple[bytes, bytes]:
+def write_payloads(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float, codec: str,
+                   hessians: Mapping[str, Tensor] = {}) -> tuple[bytes, bytes]:
     """The lowest bytes of all integers, and the rest (upper bytes, row scales, scalars), each compressed in its own way."""
     lowest, rest = [], []
     for name, weight in state.items():
         if roles[name] in FINER:
-            integers, scale = to_grid(weight, roles[name], step)
+            integers, scale = to_grid(weight, roles[name], step, hessians.get(name))
             low, *upper = planes(integers.to(KINDS[roles[name]]))
             lowest.append(low)
             rest += [*upper, *planes(scale)]
@@ -1357,9 +1337,10 @@ def read_payloads(packed: memoryview, cut: int, codec: str, tensors: Mapping[str
         state[name] = flat.view(p.shape)
     return state
 
-def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, step: float) -> bytes:
+def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, step: float,
+           hessians: Mapping[str, Tensor] = {}) -> bytes:
     """The artifact's bytes, a pure function of the arguments: weights, and the settings of the model and its evaluation."""
-    lowest, rest = write_payloads(state, roles, step, settings.compress_algo)
+    lowest, rest = write_payloads(state, roles, step, settings.compress_algo, hessians)
     stored = {name: getattr(settings, name) for name, scope in SCOPES.items() if scope != "run"}
     header = json.dumps(dict(codec=settings.compress_algo, settings=stored, tensors=layout(state, roles), cut=len(lowest)),
                         separators=(",", ":")).encode()
@@ -1383,8 +1364,7 @@ def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
               for name, value in header["settings"].items()}
     settings = Hyperparameters(**stored)
     check(settings, {})
-    with torch.device("meta"):
-        model = GPT(settings)
+    model = on_meta(settings)
     tensors, roles = dict(model.named_parameters()), parameter_roles(model)
     if header["tensors"] != layout(tensors, roles) or not 0 <= operator.index(header["cut"]) <= len(body) - end:
         raise ValueError("its tensors are not those of its settings")
@@ -1426,22 +1406,29 @@ def fit(size: Callable[[float], float], limit: float) -> float:
             break
     return high
 
-def pack(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, limit: int) -> tuple[bytes, float]:
+def pack(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, limit: int,
+         hessians: Mapping[str, Tensor] = {}) -> tuple[bytes, float]:
     """The finest artifact within `limit` bytes, and its step. Deterministic: the same weights give the same bytes."""
     state = {name: weight.detach().float().cpu() for name, weight in state.items()}
     step = fit(lambda step: len(encode(state, roles, settings, step)), limit)
-    return encode(state, roles, settings, step), step
+    blob = encode(state, roles, settings, step, hessians)
+    while hessians and len(blob) > limit and step < 64:  # gptq's integers are a little wider spread
+        step = max(step, 0.01) * (1.001 * len(blob) / limit) ** 1.5
+        blob = encode(state, roles, settings, step, hessians)
+    return blob, step
 
-def describe_packing(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float, codec: str) -> Iterator[str]:
-    """A log line for each role of matrices: parameters, step, bytes a parameter, relative squared error."""
+def describe_packing(state: Mapping[str, Tensor], packed: Mapping[str, Tensor], roles: Mapping[str, str], step: float,
+                     ) -> Iterator[str]:
+    """A log line for each role of matrices: parameters, step, bytes a parameter by codec, relative squared error."""
+    codecs = ("zlib", "zstd") if importlib.util.find_spec("zstandard") else ("zlib",)
     for role in FINER:
         part = {name: weight.float().cpu() for name, weight in state.items() if roles[name] == role}
         if part:
-            count, size = sum(weight.numel() for weight in part.values()), sum(map(len, write_payloads(part, roles, step, codec)))
-            error, energy = (sum(x.square().sum().item() for x in tensors) for tensors in
-                             ((on_grid(weight, role, step) - weight for weight in part.values()), part.values()))
-            yield (f"quantized {role}: {count} parameters, step {step / FINER[role]:.4g} of a row's RMS, bytes a parameter"
-                   f" {size / count:.4f}, relative squared error {error / max(energy, 1e-30):.3g}")
+            count, energy = (sum(f(weight) for weight in part.values()) for f in (torch.numel, lambda w: w.square().sum().item()))
+            error = sum((packed[name] - weight).square().sum().item() for name, weight in part.items())
+            sizes = " ".join(f"{codec} {sum(map(len, write_payloads(part, roles, step, codec))) / count:.4f}" for codec in codecs)
+            yield (f"quantized {role}: {count} parameters, step {step / FINER[role]:.4g} of a row's RMS, bytes a parameter:"
+                   f" {sizes}, relative squared error {error / max(energy, 1e-30):.3g}")
 
 def build_model(settings: Hyperparameters, world: World, state: Mapping[str, Tensor] | None = None) -> GPT:
     """The model on the world's device, with given weights, or with the seed's."""
@@ -1492,16 +1479,13 @@ class RunLog:
     """train.log and metrics.jsonl of one run, and the console. Silent where the folder is None (ranks above 0)."""
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-
     def append(self, name: str, line: str) -> None:
         if self.folder is not None:
             with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(line + "\n")
-
     def record(self, **metrics: object) -> None:
         """One JSON object in metrics.jsonl."""
         self.append("metrics.jsonl", json.dumps(metrics))
-
     def write(self, line: str, console: bool = True, **metrics: object) -> None:
         """One log line; `metrics`, where given, become one JSON object."""
         if console and self.folder is not None:
@@ -1510,24 +1494,22 @@ class RunLog:
         self.append("train.log", line)
         if metrics:
             self.record(**metrics)
-
     def sizes(self) -> dict[str, int]:
         """Bytes of both files, as a checkpoint remembers them."""
         paths = [] if self.folder is None else [self.folder / "train.log", self.folder / "metrics.jsonl"]
         return {path.name: path.stat().st_size for path in paths if path.exists()}
-
     def rewind(self, sizes: Mapping[str, int]) -> None:
         """Forget what was written after the checkpoint; with no sizes, everything."""
         for name, size in self.sizes().items():
             os.truncate(self.folder / name, min(sizes.get(name, 0), size))
-
-    def opening(self, settings: Hyperparameters, world: World) -> None:
-        """Versions, source, machine and every resolved setting: all that is needed to run it again."""
-        self.write(f"python {platform.python_version()} torch {torch.__version__} numpy {np.__version__} sentencepiece"
-                   f" {sentencepiece.__version__} source_sha256:{hashlib.sha256(source()).hexdigest()}")
+    def opening(self, settings: Hyperparameters, world: World, data: str, facts: Mapping[str, str]) -> None:
+        """Versions, hashes, machine, data and every resolved setting: all that is needed to run it again."""
+        self.write(f"python {platform.python_version()} numpy {np.__version__} sentencepiece {sentencepiece.__version__} "
+                   + " ".join(f"{name}:{value}" for name, value in facts.items()))
         self.write(f"hardware: {hardware(world)}; compute dtype {compute_dtype(settings, world)}")
-        for name, field in FIELDS.items():
-            self.write(f"{name}={setting_text(settings, field.name)}", console=False)
+        for name in FIELDS:
+            self.write(f"{name}={setting_text(settings, name.lower())}", console=False)
+        self.write(data)
         if world.device.type == "cpu" and settings.use_fa3:
             self.write("no CUDA: USE_FA3, FLASH_ATTN_* and SKIP_COMPILE=0 are accepted and unused")
 
@@ -1541,13 +1523,16 @@ def command(settings: Hyperparameters, world: World) -> str:
     default = Hyperparameters(**PRESETS[settings.preset])
     changed = [n for n in map(str.lower, FIELDS) if n != "preset" and getattr(settings, n) != getattr(default, n)]
     variables = " ".join(f"{name.upper()}={shlex.quote(setting_text(settings, name))}" for name in ("preset", *changed))
-    program = "python" if world.size == 1 else f"torchrun --standalone --nproc_per_node={world.size}"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    nodes = "--standalone" if local == world.size else f"--nnodes={world.size // local} [your rendezvous options]"
+    program = "python" if world.size == 1 else f"torchrun {nodes} --nproc_per_node={local}"
     return f"{variables} {program} {shlex.quote(sys.argv[0])}"
 
 @contextlib.contextmanager
-def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict | None]]:
+def claimed_run(settings: Hyperparameters, facts: Mapping[str, str], needed: int) -> Iterator[tuple[dict | None, dict | None]]:
     """Inside, the run's folder is ours: the result of a finished run of this name, or the checkpoint of an interrupted one.
-    Raises UserError where the name belongs to a run in progress or with other settings, or where the disk is full."""
+    Raises UserError where the name belongs to a run in progress or with other settings, where its checkpoint is of another
+    source or other data (`facts`), or where the disk has not the `needed` bytes."""
     import fcntl
     folder = Path("runs") / settings.run_id
     with writing(folder):
@@ -1558,14 +1543,16 @@ def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict |
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"RUN_ID={settings.run_id}: that run is in progress; wait for it or choose another name") from None
-        result, state, needed = None, None, 2 * settings.size_limit_bytes
+        for stale in folder.glob(".*.part"):  # of a run that was killed while it wrote
+            stale.unlink()
+        result, state = None, None
         try:
             if (folder / "submission.json").exists():
                 result = json.loads((folder / "submission.json").read_text())
                 result["settings"].items(), result["val_bpb"] + result["bytes_total"]
             elif (folder / "checkpoint.pt").exists():
                 state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-                state["settings"].items(), state["sizes"].items()
+                state["settings"].items(), state["sizes"].items(), state["facts"]
         except Exception as error:  # whatever a damaged file can provoke
             raise UserError(f"{folder}: holds a damaged submission.json or checkpoint.pt ({type(error).__name__});"
                             " delete it or choose another RUN_ID") from None
@@ -1575,6 +1562,8 @@ def claimed_run(settings: Hyperparameters) -> Iterator[tuple[dict | None, dict |
             if getattr(settings, name, value) != value:
                 raise UserError(f"{name.upper()}={setting_text(settings, name)}: RUN_ID={settings.run_id} is a run with"
                                 f" {name.upper()}={value}; choose another RUN_ID")
+        if state and state["facts"] != facts:
+            raise UserError(f"RUN_ID={settings.run_id}: its checkpoint is of another source, data or torch; choose another RUN_ID")
         yield result, state
 
 # ---- Train: the loop, and the bench that times its step -------------------------------------------------------------
@@ -1598,21 +1587,22 @@ class Clock:
 
 class Trainer:
     """A model, its optimizers, average, step count and clock: all that changes in training and a checkpoint holds."""
-    def __init__(self, model: GPT, settings: Hyperparameters, world: World) -> None:
-        self.model, self.settings, self.world = model, settings, world
+    def __init__(self, model: GPT, settings: Hyperparameters, world: World, facts: Mapping[str, str] = {}) -> None:
+        self.model, self.settings, self.world, self.facts = model, settings, world, facts  # facts: hashes of source and data
         self.roles = parameter_roles(model)
         self.parameters = list(model.parameters())
         self.loss = maybe_compile(model, settings, world)
         self.optimizers = build_optimizers(model, settings, world)
         self.average = [p.detach().clone() for p in self.parameters] if settings.use_ema else []
-        self.steps, self.clock = 0, Clock(world)
+        self.steps, self.clock, self.schedule = 0, Clock(world), settings  # schedule: less a reserve for calibration
         self.grid: float | None = None  # the quantization step of late QAT, once it has begun
         self.validated, self.whole = -1, True  # the last step that was validated; False while a step changes the state
+        self.patience = PATIENT if self.loss is not model or settings.quant == "gptq" else PROMPT
 
     def step(self, batches: list[tuple[Tensor, Tensor]], scale: float, tied: bool = False) -> Tensor:
         """Train on this rank's share of a batch; the mean loss over all ranks. Interrupted leaves all as it was before.
         `tied`: the head's own copy of the embedding is one parameter with it, so far."""
-        s, total = self.settings, torch.zeros((), device=self.world.device)
+        s, total, E, head = self.settings, torch.zeros((), device=self.world.device), self.model.tok_emb.weight, self.model.head
         with rounded_weights(self.model, self.roles, self.grid):
             for x_BT, y_BT in batches:
                 self.world.heed_together()
@@ -1621,7 +1611,6 @@ class Trainer:
                 total += loss.detach()
         if self.steps == 0:
             require_gradients(self.model)
-        E, head = self.model.tok_emb.weight, self.model.head
         if tied:
             E.grad.add_(head.D_VD.grad)
             head.D_VD.grad = None
@@ -1643,21 +1632,51 @@ class Trainer:
         self.steps, self.whole = self.steps + 1, True
         return total
 
-    def warm_up(self, shards: Shards) -> None:
-        """WARMUP_STEPS steps that prime compiled code and caches, then are undone."""
-        fresh = Trainer(self.model, self.settings, self.world)
-        initial = [p.detach().clone() for p in self.parameters]
+    def exported(self) -> dict[str, Tensor]:
+        """The weights that the artifact will hold: the average, or the last ones."""
+        return dict(zip(self.roles, self.average or [p.detach() for p in self.parameters]))
+
+    def hessians(self, shards: Shards) -> dict[str, Tensor]:
+        """gptq's Hessians of the weights that will be exported, from at least 65,536 training tokens."""
+        count = -(-65536 // self.settings.train_batch_tokens)
+        batches = (train_batch(shards, index, self.settings, self.world) for index in range(count))
+        return calibrate(build_model(self.settings, self.world, self.exported()), batches, self.world)
+
+    def begin(self, shards: Shards, state: Mapping[str, object] | None, log: RunLog) -> None:
+        """The start, or a checkpoint's state; then WARMUP_STEPS steps that prime compiled code and caches, and are undone."""
+        if state is None:
+            log.write(f"model_params:{sum(p.numel() for p in self.parameters)}")
+            log.write(f"trained_params:{sum(p.numel() for p in self.parameters if p.requires_grad)}")
+        else:
+            self.restore(state)
+            log.write(f"resumed at step {self.steps}")
+        self.world.wait_at_most(self.patience)
+        fresh, initial = Trainer(self.model, self.settings, self.world), [p.detach().clone() for p in self.parameters]
         try:
             for index in range(self.settings.warmup_steps):
                 fresh.step(train_batch(shards, index, self.settings, self.world), 1.0)
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, initial)
+        if self.settings.quant == "gptq" and self.settings.max_wallclock_seconds:
+            self.reserve(shards, log)
+
+    def reserve(self, shards: Shards, log: RunLog) -> None:
+        """Keep free of the time cap what gptq's calibration takes, measured; UserError where that is more than half."""
+        cap, clock = self.settings.max_wallclock_seconds, Clock(self.world)
+        self.hessians(shards)
+        clock.start()
+        self.hessians(shards)
+        seconds = self.world.agree(1.2 * clock.stop())
+        if seconds > cap / 2:
+            raise UserError(f"MAX_WALLCLOCK_SECONDS={cap}: QUANT=gptq needs {seconds:.1f} s of it; raise it, or set QUANT=plain")
+        self.schedule = dataclasses.replace(self.settings, max_wallclock_seconds=cap - seconds)
+        log.write(f"gptq: {seconds:.2f} s of MAX_WALLCLOCK_SECONDS are reserved for its calibration")
 
     def state(self) -> dict[str, object]:
         """What a checkpoint holds, beside the settings and the log's sizes."""
-        return dict(steps=self.steps, seconds=self.clock.seconds(), grid=self.grid, validated=self.validated,
-                    average=self.average, parameters=[p.detach() for p in self.parameters],
+        return dict(facts=dict(self.facts), steps=self.steps, seconds=self.clock.seconds(), grid=self.grid,
+                    validated=self.validated, average=self.average, parameters=[p.detach() for p in self.parameters],
                     optimizers=[o.state_dict() for o in self.optimizers])
 
     def restore(self, state: Mapping[str, object]) -> None:
@@ -1677,13 +1696,6 @@ def save_checkpoint(trainer: Trainer, log: RunLog) -> None:
         torch.save(dict(trainer.state(), settings=dataclasses.asdict(trainer.settings), sizes=log.sizes()), buffer)
         write_whole(log.folder / "checkpoint.pt", buffer.getvalue())
 
-def later(value: Tensor) -> Callable[[], float]:
-    """Starts to copy a scalar to the host; the call waits for that copy, not for the work queued behind it."""
-    host, event = value.to("cpu", non_blocking=True), torch.cuda.Event() if value.is_cuda else None
-    if event is not None:
-        event.record()
-    return lambda: (event is None or event.synchronize(), host.item())[1]
-
 def check_finite(loss: float, step: int, log: RunLog) -> float:
     """The loss; UserError where it is no number."""
     if not math.isfinite(loss):
@@ -1692,23 +1704,40 @@ def check_finite(loss: float, step: int, log: RunLog) -> float:
                         f" checkpoint: {saved if saved.exists() else 'none'}")
     return loss
 
-def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], None], log: RunLog) -> None:
-    """Train until ITERATIONS or the time cap; ends with a checkpoint."""
-    s, world, clock = trainer.settings, trainer.world, trainer.clock
+def validate(trainer: Trainer, validation: Validation, seconds: float, log: RunLog) -> None:
+    """Score the present weights, plainly, and log it; UserError where the loss is no number."""
+    s, step, world = trainer.schedule, trainer.steps, trainer.world
+    world.wait_at_most(trainer.patience)
+    loss, bpb = evaluate(trainer.model, *validation, 0, s, world)
+    log.write(f"step:{step}/{s.iterations} val_loss:{check_finite(loss, step, log):.4f} val_bpb:{bpb:.4f}"
+              f" train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms",
+              kind="val", step=step, val_loss=loss, val_bpb=bpb, train_seconds=seconds)
+    if step < s.iterations and finished(step, seconds, s):
+        log.write(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{s.iterations}"
+                  + (" (the first step alone took longer than the cap)" if step == 1 else ""))
+    trainer.validated = step
+
+def later(value: Tensor) -> Callable[[], float]:
+    """Starts to copy a scalar to the host; the call waits for that copy, not for the work queued behind it."""
+    host, event = value.to("cpu", non_blocking=True), torch.cuda.Event() if value.is_cuda else None
+    if event is not None:
+        event.record()
+    return lambda: (event is None or event.synchronize(), host.item())[1]
+
+def train(trainer: Trainer, shards: Shards, validation: Validation, log: RunLog) -> dict[str, Tensor]:
+    """Train until ITERATIONS or the time cap; ends with a checkpoint. Returns gptq's Hessians, if it is to be used."""
+    s, world, clock = trainer.schedule, trainer.world, trainer.clock.start()
     loss, value, saved = None, math.inf, clock.seconds()
-    clock.start()
     while True:
         seconds = world.agree(clock.seconds())
         done = finished(trainer.steps, seconds, s)
         if (done or s.val_loss_every and trainer.steps % s.val_loss_every == 0) and trainer.validated != trainer.steps:
-            validate(trainer.steps, clock.stop())
-            trainer.validated = trainer.steps
+            validate(trainer, validation, clock.stop(), log)
             clock.start()
         if done:
             break
         if s.checkpoint_seconds and seconds - saved >= s.checkpoint_seconds:
-            saved = seconds
-            clock.stop()
+            saved = clock.stop()
             save_checkpoint(trainer, log)
             clock.start()
         scale = learning_rate_scale(trainer.steps, seconds, s)
@@ -1716,35 +1745,37 @@ def train(trainer: Trainer, shards: Shards, validate: Callable[[int, float], Non
             trainer.grid = late_grid(trainer, log)
         tied = progress(trainer.steps, seconds, s) < s.head_untie_frac
         before, loss = loss, later(trainer.step(train_batch(shards, trainer.steps, s, world), scale, tied))
+        world.wait_at_most(PROMPT)
         if before is not None:  # waits for the step before: the host runs one step ahead, no more
             last, value = value, check_finite(before(), trainer.steps - 1, log)
             if value > last + 1:
                 log.write(f"loss_spike: step:{trainer.steps - 1} train_loss:{last:.4f} -> {value:.4f}")
         if s.train_log_every and (trainer.steps <= 10 or trainer.steps % s.train_log_every == 0):
             log_step(log, trainer.steps, check_finite(loss(), trainer.steps, log), clock.seconds(), scale, s)
-    clock.stop()
+    hessians = trainer.hessians(shards) if s.quant == "gptq" else {}
+    log.write(f"trained for {clock.stop():.2f} s" + (", gptq's calibration included" if hessians else ""))
     try:
         save_checkpoint(trainer, log)
     except UserError as error:  # a disk too full for a checkpoint may still hold the artifact
         log.write(f"no checkpoint: {error}")
+    return hessians
 
 def late_grid(trainer: Trainer, log: RunLog) -> float:
     """The quantization step at which the present weights would fit the cap: what late QAT rounds to."""
-    limit = trainer.settings.size_limit_bytes - len(source())
-    roles, codec = trainer.roles, trainer.settings.compress_algo
+    roles, codec, limit = trainer.roles, trainer.settings.compress_algo, trainer.settings.size_limit_bytes - len(source())
     rows = {name: p.detach().flatten(0, -2 if roles[name] in FINER else -1) for name, p in trainer.model.named_parameters()}
-    sample = {name: row[torch.arange(0, len(row), 16)].cpu() for name, row in rows.items()}  # tells the size well enough
-    grid = trainer.world.agree(fit(lambda step: 16 * sum(map(len, write_payloads(sample, roles, step, codec))), limit))
+    every = max(1, sum(row.numel() for row in rows.values()) // 2**21)  # so many rows tell the size well enough
+    sample = {name: row[torch.arange(0, len(row), every)].cpu() for name, row in rows.items()}
+    grid = trainer.world.agree(fit(lambda step: every * sum(map(len, write_payloads(sample, roles, step, codec))), limit))
     log.write(f"late_qat: from step {trainer.steps}, quantization step {grid:.4g}")
     return grid
 
 def log_step(log: RunLog, step: int, loss: float, seconds: float, scale: float, s: Hyperparameters) -> None:
     """The progress line of one step."""
-    speed = step * s.train_batch_tokens / seconds
-    left = (s.iterations - step) * seconds / step
-    left = min(left, s.max_wallclock_seconds - seconds) if s.max_wallclock_seconds else left
+    speed, left = step * s.train_batch_tokens / seconds, (s.iterations - step) * seconds / step
+    left = max(0.0, min(left, s.max_wallclock_seconds - seconds) if s.max_wallclock_seconds else left)
     log.write(f"step:{step}/{s.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms"
-              f" step_avg:{1000 * seconds / step:.2f}ms lr_scale:{scale:.3f} tokens/s:{speed:.0f} eta:{max(left, 0):.0f}s",
+              f" step_avg:{1000 * seconds / step:.2f}ms lr_scale:{scale:.3f} tokens/s:{speed:.0f} eta:{left:.0f}s",
               kind="train", step=step, train_loss=loss, train_seconds=seconds, lr_scale=scale, tokens_per_second=speed)
 
 def flops_per_token(model: GPT, s: Hyperparameters) -> float:
@@ -1754,13 +1785,12 @@ def flops_per_token(model: GPT, s: Hyperparameters) -> float:
     weights += model.head.products_with_E * s.vocab_size * s.model_dim
     return 6 * weights + 6 * s.num_layers * s.model_dim * s.train_seq_len
 
-def bench(settings: Hyperparameters, world: World) -> int:
-    """MODE=bench: time training steps of the chosen head and of the tied one, in turn, on random tokens; print medians."""
-    heads = list(dict.fromkeys(("tied", settings.head_type)))
-    choices = [dataclasses.replace(settings, head_type=head) for head in heads]
-    trainers = [Trainer(build_model(s, world), s, world) for s in choices]
-    T, n, B = settings.train_seq_len, settings.train_batch_tokens, micro_batch_sequences(settings, world)
-    tokens = torch.randint(settings.vocab_size, (n // T // world.size, T + 1), device=world.device)
+def bench(s: Hyperparameters, world: World) -> int:
+    """MODE=bench: time training steps of the tied head and of the chosen one, in turn, on random tokens; print medians."""
+    tied = dataclasses.replace(s, head_type="tied", head_variant="", head_trainable=True, train_only="all", head_untie_frac=0.0)
+    trainers = [Trainer(build_model(choice, world), choice, world) for choice in ([tied] if s.head_type == "tied" else [tied, s])]
+    T, n, B = s.train_seq_len, s.train_batch_tokens, micro_batch_sequences(s, world)
+    tokens = torch.randint(s.vocab_size, (n // T // world.size, T + 1), device=world.device)
     batches = [(part[:, :-1], part[:, 1:]) for part in tokens.split(B)]
     times: list[list[float]] = [[] for _ in trainers]
     for turn in range(13):
@@ -1770,15 +1800,14 @@ def bench(settings: Hyperparameters, world: World) -> int:
             seconds += [clock.stop()] if turn >= 3 else []
     known = world.device.type == "cuda" and re.search("H[12]00", torch.cuda.get_device_name())
     medians = [float(np.median(seconds)) for seconds in times]
-    for head, trainer, seconds in zip(heads, trainers, medians):
-        flops = flops_per_token(trainer.model, settings)
+    for trainer, seconds in zip(trainers if world.rank == 0 else (), medians):
+        flops = flops_per_token(trainer.model, trainer.settings)
         rate = flops * n / seconds / world.size
-        if world.rank == 0:
-            print(f"bench head:{head} {1000 * seconds:.1f} ms/step (median of 10; {n} tokens, sequence {T})"
-                  f" tokens/s:{n / seconds:.0f} FLOP/token:{flops / 1e6:.1f}M TFLOP/s/rank:{rate / 1e12:.3f}"
-                  f" MFU:{f'{rate / 989e12:.1%}' if known else 'unknown peak'} time to tied:{seconds / medians[0]:.3f}")
+        print(f"bench head:{trainer.settings.head_type} {1000 * seconds:.1f} ms/step (median of 10; {n} tokens, sequence {T})"
+              f" tokens/s:{n / seconds:.0f} FLOP/token:{flops / 1e6:.1f}M TFLOP/s/rank:{rate / 1e12:.3f}"
+              f" MFU:{f'{rate / 989e12:.1%}' if known else 'unknown peak'} time to tied:{seconds / medians[0]:.3f}")
     if world.rank == 0:
-        print(f"{hardware(world)}, {compute_dtype(settings, world)}, torch {torch.__version__}; {peak_memory(world)}")
+        print(f"{hardware(world)}, {compute_dtype(s, world)}, torch {torch.__version__}; {peak_memory(world)}")
     return 0
 
 # ---- Table: compare finished runs -----------------------------------------------------------------------------------
@@ -1789,21 +1818,19 @@ def welch(a: list[float], b: list[float]) -> tuple[float, float]:
     va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
     t = (np.mean(a) - np.mean(b)) / math.sqrt(va + vb)
     freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    # With t = sqrt(freedom) tan(angle), Student's density becomes cos(angle) ** (freedom - 1).
-    angle = np.linspace(0, math.pi / 2, 200_001)
+    angle = np.linspace(0, math.pi / 2, 200_001)  # with t = sqrt(freedom) tan(angle), Student's density is a power of cos
     density = np.cos(angle).clip(0) ** (freedom - 1)
     return float(t), float(density[angle >= math.atan(abs(t) / math.sqrt(freedom))].sum() / density.sum())
 
 def read_results(pattern: str) -> tuple[list[dict], list[str]]:
-    """The results of finished runs, and a line about each folder that holds none."""
+    """The results of finished runs, and a line about each folder that holds none and each difference in circumstances."""
     results, remarks = [], []
     for folder in sorted(filter(Path.is_dir, map(Path, glob.glob(pattern)))):
         try:
             result = json.loads((folder / "submission.json").read_text())
-            steps = max(result["step_stop"], 1)
             key = {name: value for name, value in result["settings"].items() if name not in NOT_COMPARED}
-            results.append(dict(result, folder=folder, key=key, ms=1000 * result["wallclock_seconds"] / steps,
-                                head=result["head"], seed=result["seed"], bpb=float(result["val_bpb"]),
+            results.append(dict(result, folder=folder, key=key, ms=1000 * result["wallclock_seconds"] / max(result["step_stop"], 1),
+                                seed=result["seed"], head=result["head"], val_bpb=float(result["val_bpb"]),
                                 spare=key["size_limit_bytes"] - result["bytes_total"]))
         except FileNotFoundError:
             remarks.append(f"{folder}: not finished")
@@ -1811,9 +1838,18 @@ def read_results(pattern: str) -> tuple[list[dict], list[str]]:
             remarks.append(f"{folder}: its submission.json cannot be read ({type(error).__name__}: {error})")
     for name in ("source_sha256", "data_sha256", "hardware", "pytorch_version"):
         values = sorted({str(result.get(name)) for result in results})
-        if len(values) > 1:
-            remarks.append(f"the runs differ in {name}: {', '.join(value[:40] for value in values)}")
+        remarks += [f"the runs differ in {name}: {', '.join(value[:40] for value in values)}"] if len(values) > 1 else []
     return results, remarks
+
+def against_tied(runs: list[dict], groups: list[list[dict]]) -> str:
+    """The difference of the mean bpb to that of the tied runs whose settings are the most alike, with Welch's t and p."""
+    tied = [group for group in groups if group[0]["head"] == "tied"]
+    alike = max(tied, default=runs, key=lambda group: sum(group[0]["key"].get(n) == value for n, value in runs[0]["key"].items()))
+    ours, theirs = ([run["val_bpb"] for run in group] for group in (runs, alike))
+    if alike is runs:
+        return "-"
+    tested = min(len(ours), len(theirs)) > 1 and len({*ours}) + len({*theirs}) > 2
+    return f"{np.mean(ours) - np.mean(theirs):+.5f}" + (" (t {:.2f}, p {:.2g})".format(*welch(ours, theirs)) if tested else "")
 
 def run_table(settings: Hyperparameters, world: World) -> int:
     """MODE=table: one Markdown row for each configuration, its seeds against those of `tied`; learning curves as a PNG."""
@@ -1825,22 +1861,18 @@ def run_table(settings: Hyperparameters, world: World) -> int:
         groups.setdefault(json.dumps(result["key"], sort_keys=True), []).append(result)
     keys = [runs[0]["key"] for runs in groups.values()]
     differing = [n for n in dict.fromkeys(n for key in keys for n in key) if len({json.dumps(key.get(n)) for key in keys}) > 1]
-    print("| head | settings that differ | seeds | val_bpb mean +- std | against tied (Welch) | bytes | ms/step | steps |")
-    print("|---" * 8 + "|")
+    lines = ["| head | settings that differ | seeds | val_bpb mean +- std | against tied (Welch) | bytes | ms/step | steps |",
+             "|---" * 8 + "|"]
     for runs in groups.values():
-        bpb, key = [run["bpb"] for run in runs], runs[0]["key"]
-        alike = {id(g): sum(g[0]["key"].get(n) == key[n] for n in key) for g in groups.values() if g[0]["head"] == "tied"}
-        tied = [run["bpb"] for run in max((g for g in groups.values() if id(g) in alike), key=lambda g: alike[id(g)], default=[])]
-        differs = " ".join(f"{n.upper()}={key.get(n)}" for n in differing if n != "head_type")
+        bpb, (ms, steps) = [run["val_bpb"] for run in runs], (np.mean([run[n] for run in runs]) for n in ("ms", "step_stop"))
+        differs = " ".join(f"{n.upper()}={runs[0]['key'].get(n)}" for n in differing if n != "head_type")
         spread = f" +- {np.std(bpb, ddof=1):.5f}" if len(runs) > 1 else ""
-        versus = f"{np.mean(bpb) - np.mean(tied):+.5f}" if tied and bpb != tied else "-"
-        if versus != "-" and min(len(bpb), len(tied)) > 1 and len({*bpb}) + len({*tied}) > 2:
-            versus += " (t {:.2f}, p {:.2g})".format(*welch(bpb, tied))
         over = " OVER" if min(run["spare"] for run in runs) < 0 else ""
-        ms, steps = (np.mean([run[n] for run in runs]) for n in ("ms", "step_stop"))
-        print(f"| {runs[0]['head']} | {differs} | {' '.join(str(run['seed']) for run in runs)} | {np.mean(bpb):.5f}{spread}"
-              f" | {versus} | {max(run['bytes_total'] for run in runs)}{over} | {ms:.1f} | {steps:.0f} |")
-    print("\n".join(["", *remarks, draw_curves(results)]))
+        seeds, size = " ".join(str(run["seed"]) for run in runs), max(run["bytes_total"] for run in runs)
+        lines.append(f"| {runs[0]['head']} | {differs} | {seeds} | {np.mean(bpb):.5f}{spread}"
+                     f" | {against_tied(runs, [*groups.values()])} | {size}{over} | {ms:.1f} | {steps:.0f} |")
+    if world.rank == 0:
+        print("\n".join([*lines, "", *remarks, draw_curves(results)]))
     return 0
 
 def draw_curves(results: list[dict]) -> str:
@@ -1849,7 +1881,7 @@ def draw_curves(results: list[dict]) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return "no learning curves: matplotlib is not installed"
-    path, figure = results[0]["folder"].parent / "learning_curves.png", Figure(figsize=(9, 6))
+    figure, picture, path = Figure(figsize=(9, 6)), io.BytesIO(), results[0]["folder"].parent / "learning_curves.png"
     axes = figure.add_subplot(xlabel="seconds of training", ylabel="training loss (nats a token)")
     for result in results:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -1857,30 +1889,31 @@ def draw_curves(results: list[dict]) -> str:
             points = [(record["train_seconds"], record["train_loss"]) for record in records if record["kind"] == "train"]
             axes.plot(*zip(*points), label=result["folder"].name)
     axes.legend(fontsize=7)
-    with writing(path):
-        figure.savefig(path, dpi=120)
+    figure.savefig(picture, dpi=120, format="png")
+    write_whole(path, picture.getvalue())
     return f"learning curves: {path}"
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
-Validation = tuple[Tensor, ByteCounts]  # the split that is scored, int64 on the device, and its tokens' bytes
-
 def load_validation(settings: Hyperparameters, world: World) -> Validation:
     """Open and check the split that is scored, and the tokenizer; UserError where either is wrong."""
     shards = Shards(Path(settings.data_path), settings.eval_split, settings.vocab_size)
     if len(shards) <= settings.train_seq_len:
         raise UserError(f"TRAIN_SEQ_LEN={settings.train_seq_len}: the {settings.eval_split} split has only {len(shards)} tokens")
     byte_counts = load_byte_counts(Path(settings.tokenizer_path), settings.vocab_size, world.device)
-    return torch.from_numpy(shards.take(0, len(shards))).to(world.device), byte_counts
+    tokens_N = torch.from_numpy(shards.take(0, len(shards))).to(world.device)
+    if not byte_counts(tokens_N[:-1], tokens_N[1:]).any():
+        raise UserError(f"DATA_PATH={settings.data_path}: the {settings.eval_split} split holds no text, only control tokens")
+    return tokens_N, byte_counts
 
-def score(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, s: Hyperparameters, world: World) -> tuple[float, float, float]:
-    """Loss, bits per byte and seconds of the evaluation at EVAL_STRIDE."""
-    clock = Clock(world).start()
-    return *evaluate(model, tokens_N, byte_counts, s.eval_stride, s, world), clock.stop()
+def score(weights: Mapping[str, Tensor], validation: Validation, s: Hyperparameters, world: World) -> tuple[GPT, float, float, float]:
+    """A fresh model with these weights; its loss, bits per byte and seconds of evaluation at EVAL_STRIDE."""
+    model, clock = build_model(s, world, weights), Clock(world).start()
+    return model, *evaluate(model, *validation, s.eval_stride, s, world), clock.stop()
 
-def final_lines(codec: str, loss: float, bpb: float, seconds: float) -> Iterator[str]:
+def final_lines(codec: str, loss: float, bpb: float, seconds: float) -> str:
     """The two lines that the ecosystem's tools look for."""
-    yield f"final_int8_{codec}_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * seconds:.0f}ms"
-    yield f"final_int8_{codec}_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}"
+    return (f"final_int8_{codec}_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * seconds:.0f}ms\n"
+            f"final_int8_{codec}_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
 
 def run_eval(settings: Hyperparameters, world: World) -> int:
     """MODE=eval: score an artifact; the architecture and, unless given, the evaluation's settings are its own."""
@@ -1888,8 +1921,8 @@ def run_eval(settings: Hyperparameters, world: World) -> int:
     stored, weights = read_artifact("ARTIFACT", path, settings.size_limit_bytes, world)
     settings = prepare_demo(from_artifact(stored), world)
     validation = load_validation(settings, world)
-    model = build_model(settings, world, weights)
-    lines = [*final_lines(settings.compress_algo, *score(model, *validation, settings, world))]
+    model, *figures = score(weights, validation, settings, world)
+    lines = [final_lines(settings.compress_algo, *figures)]
     if settings.eval_spectrum:
         found = spectrum(model, validation[0], settings, world)
         lines.append("spectrum " + " ".join(f"{name}:{value:.6g}" for name, value in found.items()))
@@ -1898,109 +1931,81 @@ def run_eval(settings: Hyperparameters, world: World) -> int:
         print("\n".join(lines))
     return 0
 
-def export(weights: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, world: World, log: RunLog) -> int:
-    """Rank 0 writes the artifact and logs its size and quality; returns its bytes, measured from the file."""
-    packed, code = 0, len(source())
-    if log.folder is not None:
-        blob, step = pack(weights, roles, settings, settings.size_limit_bytes - code)
-        write_whole(log.folder / "final_model.int8.ptz", blob)
-        packed, codec = (log.folder / "final_model.int8.ptz").stat().st_size, settings.compress_algo
-        for line in (*describe_packing(weights, roles, step, codec), f"Code size: {code} bytes",
-                     f"Serialized model int8+{codec}: {packed} bytes",
-                     f"Total submission size int8+{codec}: {code + packed} bytes",
-                     f"size_limit: {settings.size_limit_bytes} bytes headroom: {settings.size_limit_bytes - code - packed} bytes"):
-            log.write(line)
-    return world.agree(packed)
-
 def run_train(settings: Hyperparameters, world: World) -> int:
     """MODE=train: claim the folder, resume or start, train, finish. Exit code 0, 3 above the size limit, 128 + signal."""
-    stored, weights = {}, {}
+    start = None
     if settings.init_from:
-        stored, weights = read_artifact("INIT_FROM", Path(settings.init_from), settings.size_limit_bytes, world)
-        settings = from_artifact({name: value for name, value in stored.items() if not name.startswith("head_")
-                                  and SCOPES[name] == "model"})
+        start = read_artifact("INIT_FROM", Path(settings.init_from), settings.size_limit_bytes, world)
+        settings = from_artifact({name: value for name, value in start[0].items()
+                                  if SCOPES[name] == "model" and not name.startswith("head_")})
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}-{settings.head_type}-{settings.seed}"
     settings = dataclasses.replace(prepare_demo(settings, world), run_id=settings.run_id or world.agree(stamp))
     micro_batch_sequences(settings, world)
     compress(b"", settings.compress_algo)  # a missing codec is found now
-    shards = Shards(Path(settings.data_path), "train", settings.vocab_size)
-    validation = load_validation(settings, world)
-    digest = data_hash(shards, validation[0])
-    folder = Path("runs") / settings.run_id
-    log = RunLog(folder if world.rank == 0 else None)
-    with claimed_run(settings) if world.rank == 0 else contextlib.nullcontext((None, None)) as found:
+    shards, validation = Shards(Path(settings.data_path), "train", settings.vocab_size), load_validation(settings, world)
+    facts = dict(source_sha256=hashlib.sha256(source()).hexdigest(), data_sha256=data_hash(shards, validation[0]),
+                 pytorch_version=str(torch.__version__))
+    log = RunLog(Path("runs") / settings.run_id if world.rank == 0 else None)
+    needed = 2 * settings.size_limit_bytes + 40 * sum(p.numel() for p in on_meta(settings).parameters())
+    with claimed_run(settings, facts, needed) if world.rank == 0 else contextlib.nullcontext((None, None)) as found:
         result, state = world.agree(found)
         if result is None:
             log.rewind((state or {}).get("sizes", {}))
             if state is None:
-                log.opening(settings, world)
-                log.write(f"data: {settings.data_path} train_tokens:{len(shards)} {settings.eval_split}_tokens:{len(validation[0])}"
-                          f" data_sha256:{digest} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}")
+                log.opening(settings, world, f"data: {settings.data_path} train_tokens:{len(shards)} {settings.eval_split}_tokens:"
+                            f"{len(validation[0])} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}", facts)
             model = build_model(settings, world)
-            if state is None and weights:
-                log.write(f"init_from: {adopt(model, stored, weights, settings)} of {settings.init_from}")
-            trainer = Trainer(model, settings, world)
+            if start and state is None:
+                log.write(f"init_from: {adopt(model, *start, settings)} of {settings.init_from}")
+            trainer = Trainer(model, settings, world, facts)
             try:
-                start_or_resume(trainer, shards, validation, state, log)
-                result = finish(trainer, validation, digest, folder, log)
+                trainer.begin(shards, state, log)
+                hessians = train(trainer, shards, validation, log)
+                result = finish(trainer, hessians, validation, log)
             except Interrupted:
                 save_checkpoint(trainer, log)
                 log.write(f"interrupted at step {trainer.steps}; resume with: {command(settings, world)}")
                 raise
         elif world.rank == 0:
-            print(f"{folder} is finished: val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}")
+            print(f"runs/{settings.run_id} is finished: val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}")
     return 3 if result["bytes_total"] > settings.size_limit_bytes else 0
 
-def start_or_resume(trainer: Trainer, shards: Shards, validation: Validation, state: dict | None, log: RunLog) -> None:
-    """Train, from the start or from a checkpoint's state."""
+def export(trainer: Trainer, hessians: Mapping[str, Tensor], log: RunLog) -> dict[str, object]:
+    """Rank 0 writes the artifact and logs its quality and size; returns the sizes, measured from the files."""
+    s, weights, code, codec = trainer.settings, trainer.exported(), len(source()), trainer.settings.compress_algo
+    path = log.folder / "final_model.int8.ptz"
+    blob, step = pack(weights, trainer.roles, s, s.size_limit_bytes - code, hessians)
+    write_whole(path, blob)
+    packed = path.stat().st_size
+    for line in (*describe_packing(weights, unpack(blob)[1], trainer.roles, step), f"Code size: {code} bytes",
+                 f"Serialized model int8+{codec}: {packed} bytes", f"Total submission size int8+{codec}: {code + packed} bytes",
+                 f"size_limit: {s.size_limit_bytes} bytes headroom: {s.size_limit_bytes - code - packed} bytes"
+                 + ("; over the cap, so this run exits with code 3" if code + packed > s.size_limit_bytes else "")):
+        log.write(line)
+    return dict(bytes_total=code + packed, bytes_code=code, bytes_model_int8_zlib=packed)
+
+def finish(trainer: Trainer, hessians: Mapping[str, Tensor], validation: Validation, log: RunLog) -> dict[str, object]:
+    """Score the final weights, export, reload from disk, score again, write submission.json."""
     s, world = trainer.settings, trainer.world
-    if state is None:
-        trained = sum(p.numel() for p in trainer.parameters if p.requires_grad)
-        log.write(f"model_params:{sum(p.numel() for p in trainer.parameters)}")
-        log.write(f"trained_params:{trained}")
-    else:
-        trainer.restore(state)
-        log.write(f"resumed at step {trainer.steps}")
-    trainer.warm_up(shards)
-
-    def validate(step: int, seconds: float) -> None:
-        loss, bpb = evaluate(trainer.model, *validation, 0, s, world)
-        check_finite(loss, step, log)
-        log.write(f"step:{step}/{s.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * seconds:.0f}ms"
-                  f" step_avg:{1000 * seconds / max(step, 1):.2f}ms",
-                  kind="val", step=step, val_loss=loss, val_bpb=bpb, train_seconds=seconds)
-        if step < s.iterations and finished(step, seconds, s):
-            log.write(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{s.iterations}"
-                      + (" (the first step alone took longer than the cap)" if step == 1 else ""))
-    train(trainer, shards, validate, log)
-
-def finish(trainer: Trainer, validation: Validation, data: str, folder: Path, log: RunLog) -> dict[str, object]:
-    """Score the final weights, export, reload from disk, score again, write submission.json; `data` is its hash."""
-    s, world, code = trainer.settings, trainer.world, len(source())
     log.write(peak_memory(world))
-    weights = dict(zip(trainer.roles, trainer.average or [p.detach() for p in trainer.parameters]))
-    pre_loss, pre_bpb, _ = score(build_model(s, world, weights), *validation, s, world)
+    _, pre_loss, pre_bpb, _ = score(trainer.exported(), validation, s, world)
     check_finite(pre_loss, trainer.steps, log)
     log.write(f"pre_quant val_loss:{pre_loss:.8f} val_bpb:{pre_bpb:.8f}")
-    packed = export(weights, trainer.roles, s, world, log)
-    _, reloaded = read_artifact("ARTIFACT", folder / "final_model.int8.ptz", math.inf, world)
-    loss, bpb, eval_seconds = score(build_model(s, world, reloaded), *validation, s, world)
-    for line in final_lines(s.compress_algo, loss, bpb, eval_seconds):
-        log.write(line)
+    sizes = world.agree(export(trainer, hessians, log) if world.rank == 0 else None)
+    _, reloaded = read_artifact("ARTIFACT", Path("runs") / s.run_id / "final_model.int8.ptz", math.inf, world)
+    _, loss, bpb, eval_seconds = score(reloaded, validation, s, world)
+    log.write(final_lines(s.compress_algo, loss, bpb, eval_seconds))
     result = dict(
         author=s.author, github_id=s.github_id, name=f"{s.num_layers}L {s.head_type} head",
         blurb=f"{s.num_layers} layers x {s.model_dim}, {s.head_type} head, {s.eval_split} split of {s.data_path}",
         date=f"{datetime.date.today()}", track="non-record-16mb", seed=s.seed, val_loss=loss, val_bpb=bpb,
-        pre_quant_val_loss=pre_loss, pre_quant_val_bpb=pre_bpb, step_stop=trainer.steps,
-        wallclock_seconds=trainer.clock.seconds(), eval_time_seconds=eval_seconds, bytes_total=code + packed,
-        bytes_code=code, bytes_model_int8_zlib=packed, hardware=hardware(world), pytorch_version=torch.__version__,
-        head=s.head_type, data_sha256=data, source_sha256=hashlib.sha256(source()).hexdigest(), settings=dataclasses.asdict(s))
-    log.write(f"results: {folder}", kind="final", **{name: value for name, value in result.items() if name != "settings"})
-    if code + packed > s.size_limit_bytes:
-        log.write(f"over the cap: {code + packed} bytes of {s.size_limit_bytes}; the run exits with code 3")
+        pre_quant_val_loss=pre_loss, pre_quant_val_bpb=pre_bpb, step_stop=trainer.steps, wallclock_seconds=trainer.clock.seconds(),
+        eval_time_seconds=eval_seconds, **sizes, hardware=hardware(world), head=s.head_type, **trainer.facts,
+        settings=dataclasses.asdict(s))
+    log.write(f"results: runs/{s.run_id}", kind="final", **{name: value for name, value in result.items() if name != "settings"})
     if world.rank == 0:
-        write_whole(folder / "submission.json", json.dumps(result, indent=1).encode())
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        write_whole(log.folder / "submission.json", json.dumps(result, indent=1).encode())
+        (log.folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
 
 def main() -> int:

@@ -19,7 +19,7 @@ import train_gpt as tg
 from train_gpt import Hyperparameters, UserError, from_env
 
 SCRIPT = Path(tg.__file__)
-FIELDS = tg.fields()
+FIELDS = tg.FIELDS
 NUMBERS = [name for name, field in FIELDS.items() if type(field.default) in (int, float)]
 SWITCHES = [name for name, field in FIELDS.items() if type(field.default) is bool]
 CHOICES = {name: field.metadata["choices"] for name, field in FIELDS.items() if field.metadata["choices"]}
@@ -57,7 +57,7 @@ def text_of(value):
 
 def head_for(name):
     """The head that uses this setting, where it is a head's own."""
-    head = {"HEAD_K": "mos", "HEAD_RANK": "mos", "HEAD_DIM": "simplex"}.get(name)
+    head = {"HEAD_K": "mos", "HEAD_RANK": "mos", "HEAD_DIM": "simplex", "HEAD_LR": "delta", "HEAD_UNTIE_FRAC": "untied"}.get(name)
     return {"HEAD_TYPE": head} if head else {}
 
 
