@@ -32,14 +32,12 @@ import importlib.util
 import io
 import json
 import math
-import operator
 import os
 import platform
 import re
 import shlex
 import shutil
 import signal
-import struct
 import sys
 import time
 import zlib
@@ -130,9 +128,10 @@ class Hyperparameters:
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"), scope="eval")
     use_fa3: bool = setting(False, "flash-attention 3 (package flash_attn_interface) on CUDA; off: PyTorch's SDPA", scope="eval")
     # Optimizers
-    matrix_lr: float = setting(0.025, "Muon's learning rate: matrices of the trunk and the head", 0.0, 100.0)
+    matrix_lr: float = setting(0.025, "Muon's learning rate: matrices of the trunk", 0.0, 100.0)
     scalar_lr: float = setting(0.025, "Adam's learning rate: scales, gains, gates, biases", 0.0, 100.0)
     tied_embed_lr: float = setting(0.035, "Adam's learning rate: token, bigram and value tables", 0.0, 100.0)
+    head_matrix_lr: float = setting(0.0, "Muon's learning rate: the head's own matrices; 0: the head's default", 0.0, 100.0)
     head_lr: float = setting(0.0, "Adam's learning rate: the head's own vocabulary-side matrices; 0: the head's default", 0.0, 100.0)
     muon_momentum: float = setting(0.99, "Muon's momentum after its warm-up", 0.0, 0.9999)
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at step 0", 0.0, 0.9999)
@@ -160,151 +159,137 @@ class Hyperparameters:
 
 PRESETS: dict[str, dict[str, object]] = dict(
     study={},
-    pilot=dict(
-        num_layers=9, mlp_mult=2, rope_dims=0, use_ntk_rope=False, xsa_last_n=0, smear_gate=False, bigram_hash=False, ln_scale=False,
-        value_embed=False, init_type="default", train_batch_tokens=524288, train_seq_len=1024, warmdown_iters=1200, matrix_lr=0.04,
-        scalar_lr=0.04, tied_embed_lr=0.05, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500,
-        muon_weight_decay=0.0, adam_wd=0.0, grad_clip_norm=0.0, use_ema=False, late_qat=False, eval_stride=0),
-    demo=dict(
-        data_path="demo", model_dim=128, num_heads=4, num_kv_heads=2, bigram_dim=32, ve_dim=32, train_batch_tokens=4096,
+    pilot=dict(num_layers=9, mlp_mult=2, rope_dims=0, use_ntk_rope=False, xsa_last_n=0, smear_gate=False, use_ema=False,
+        ln_scale=False, value_embed=False, init_type="default", train_batch_tokens=524288, train_seq_len=1024, bigram_hash=False,
+        warmdown_iters=1200, matrix_lr=0.04, scalar_lr=0.04, tied_embed_lr=0.05, muon_momentum=0.95, late_qat=False, adam_wd=0.0,
+        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500, muon_weight_decay=0.0, grad_clip_norm=0.0, eval_stride=0),
+    demo=dict(data_path="demo", model_dim=128, num_heads=4, num_kv_heads=2, bigram_dim=32, ve_dim=32, train_batch_tokens=4096,
         train_seq_len=256, max_wallclock_seconds=75.0, warmup_steps=0, warmdown_iters=100000, warmdown_frac=0.5, muon_momentum=0.95,
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, muon_weight_decay=0.0, adam_wd=0.0, ema_alpha=0.98,
         train_log_every=20))
-CPU_BENCH = dict(train_batch_tokens=4096, train_seq_len=256)  # what MODE=bench times where there is no GPU
-# Published variables with one implemented behaviour: accepted at these values only.
-PUBLISHED_CONSTANTS = dict(
+PUBLISHED_CONSTANTS = dict(  # published variables with one implemented behaviour: accepted at these values only
     TIE_EMBEDDINGS="1", EMA_FROM_INIT="1", USE_QAT="0", GRAD_GUIDED_QUANT="0", SKIP_QUANT="0", QAT_BITS="6", QUANT_BITS_MIDDLE="6",
     QUANT_BITS_MLP="6", MUON_BACKEND_STEPS="5", FLASH_ATTN_BACKEND="fa3", FLASH_ATTN_STRICT="1", FLASH_ATTN_ARCH_LIST="9.0")
-# The studies' own names of ours, and their switches, which `translate` explains.
 ALIASES = dict(MIXTURE_SOFTMAX_K="HEAD_K", MIXTURE_RANK_DIM="HEAD_RANK", SIMPLEX_DIM="HEAD_DIM", MOS_K="HEAD_K", MOS_RANK="HEAD_RANK")
-STUDY_HEADS = dict(standard="tied", mixture_softmax="mos")
-STUDY_B = ("USE_MOS", "MOS_K", "MOS_RANK")
-SWITCHES = dict(RANK_DIM="int", USE_MOS="bool", SKIP_COMPILE="bool")
+STUDY_B, SWITCHES = ("USE_MOS", "MOS_K", "MOS_RANK"), dict(RANK_DIM="int", USE_MOS="bool", SKIP_COMPILE="bool")  # see `translate`
 FIELDS = {field.name.upper(): field for field in dataclasses.fields(Hyperparameters)}  # by environment variable
 SCOPES = {field.name: field.metadata["scope"] for field in FIELDS.values()}
+READERS = dict(  # by type: text to value, and what the text must be
+    str=(str, "text"), bool=({"0": False, "1": True}.__getitem__, "0 or 1"), int=(int, "a whole number"), float=(float, "a number"))
 
-def from_env(environ: Mapping[str, str] | None = None, defaults: Mapping[str, object] | None = None) -> Hyperparameters:
+def from_env(environ: Mapping[str, str] = os.environ, defaults: Mapping[str, object] = {}) -> Hyperparameters:
     """Settings from variables, then `defaults`, then the preset, then the fields. UserError names variable, value, remedy."""
-    environ = dict(os.environ if environ is None else environ)
-    reject_unknown(environ)
     given = translate(environ)
-    implied = "demo" if environ.get("DATA_PATH") == "demo" else "pilot" if any(name in environ for name in STUDY_B) else "study"
-    given.setdefault("PRESET", ("PRESET", implied))
-    explicit = {FIELDS[name].name: parse(name, text, source) for name, (source, text) in given.items()}
-    small = CPU_BENCH if explicit.get("mode") == "bench" and not torch.cuda.is_available() else {}
-    settings = Hyperparameters(**{**PRESETS[explicit["preset"]], **small, **(defaults or {}), **explicit})
+    implied = "demo" if environ.get("DATA_PATH") == "demo" else "pilot" if environ.keys() & {*STUDY_B} else "study"
+    explicit = dict(preset=implied) | {name.lower(): parse(name, text, source) for name, (source, text) in given.items()}
+    slow = environ.get("MODE") == "bench" and not torch.cuda.is_available()
+    small = dict(train_batch_tokens=4096, train_seq_len=256) if slow else {}
+    settings = Hyperparameters(**{**PRESETS[explicit["preset"]], **small, **defaults, **explicit})
     if not defaults and (settings.mode == "eval" or settings.mode == "train" and settings.init_from):  # it is still in the artifact
         return settings
     check(settings, given)
     head = head_class(settings)
-    return dataclasses.replace(settings, head_lr=settings.head_lr or head.vocab_lr) if "head_lr" in head.uses else settings
+    own = {name: getattr(settings, name) or getattr(head, name) for name in ("head_lr", "head_matrix_lr") if name in head.uses}
+    return dataclasses.replace(settings, **own)
+
+def variables(settings: Hyperparameters) -> dict[str, str]:
+    """All settings as environment variables would hold them."""
+    return {n.upper(): str(int(value) if isinstance(value, bool) else value) for n, value in dataclasses.asdict(settings).items()}
 
 def from_artifact(stored: Mapping[str, object]) -> Hyperparameters:
     """Settings with an artifact's as defaults; UserError where a variable contradicts its architecture."""
     settings = from_env(defaults=stored)
-    for name, value in stored.items():
-        if SCOPES[name] == "model" and getattr(settings, name) != value:
-            raise UserError(f"{name.upper()}={getattr(settings, name)}: the artifact has {value}; leave it unset")
+    ours, theirs = variables(settings), variables(dataclasses.replace(settings, **stored))
+    for name in (name.upper() for name in stored if SCOPES[name] == "model"):
+        if ours[name] != theirs[name]:
+            raise UserError(f"{name}={ours[name]}: the artifact has {theirs[name]}; leave it unset")
     return settings
 
-def reject_unknown(environ: Mapping[str, str]) -> None:
-    """UserError for a variable that looks like a misspelt setting, or asks for a behaviour that is not there."""
-    known = [*FIELDS, *PUBLISHED_CONSTANTS, *ALIASES, *SWITCHES]
-    for name in sorted(environ.keys() - {*known} if environ.get("ALLOW_NEAR_MISSES") != "1" else ()):
+def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Per setting the variable that says it and its text; UserError for one that is misspelt, not implemented or contradicts."""
+    known = {*FIELDS, *PUBLISHED_CONSTANTS, *ALIASES, *SWITCHES}
+    for name in sorted(environ.keys() - known if environ.get("ALLOW_NEAR_MISSES") != "1" else ()):
         for likely in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
             raise UserError(f"{name}={environ[name]}: did you mean {likely}? If not, set ALLOW_NEAR_MISSES=1")
     for name, value in PUBLISHED_CONSTANTS.items():
         if environ.get(name, value) != value and (torch.cuda.is_available() or not name.startswith("FLASH_ATTN")):
             raise UserError(f"{name}={environ[name]}: only {name}={value} is implemented; leave it unset")
-
-def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """The settings as (the variable that says it, its text), both studies' names made ours; UserError for a contradiction."""
     head = environ.get("HEAD_TYPE", "standard")
     rank, _, eager = (convert(name, environ.get(name, "0"), kind) for name, kind in SWITCHES.items())
     if rank < 0 or rank > 0 and head != "standard":
         raise UserError(f"RANK_DIM={rank}: must be 0 or unset, or above 0 with HEAD_TYPE=standard (factorized)")
-    mixed = environ.get("USE_MOS", "1") == "1"  # USE_MOS=0 silences the rest of study B's names
-    said = [(name, name, environ[name]) for name in FIELDS if name in environ and not (name == "HEAD_TYPE" and head in STUDY_HEADS)]
-    said += [("HEAD_TYPE", "HEAD_TYPE", STUDY_HEADS[head])] if head in STUDY_HEADS and "HEAD_TYPE" in environ and not rank else []
+    silent = STUDY_B if environ.get("USE_MOS") == "0" else ()
+    heard = environ.keys() - {*silent, *(["HEAD_TYPE"] if rank else [])}  # a RANK_DIM says which head `standard` is
+    ours = {**environ, "HEAD_TYPE": dict(standard="tied", mixture_softmax="mos").get(head, head)}
+    said = [(name, name, ours[name]) for name in FIELDS if name in heard]
     said += [("RANK_DIM", "HEAD_TYPE", "factorized"), ("RANK_DIM", "HEAD_RANK", str(rank))] if rank else []
-    said += [(name, "HEAD_TYPE", "mos") for name in STUDY_B if name in environ and mixed]
-    said += [(alias, name, environ[alias]) for alias, name in ALIASES.items() if alias in environ and (mixed or alias not in STUDY_B)]
+    said += [(name, "HEAD_TYPE", "mos") for name in STUDY_B if name in heard]
+    said += [(alias, name, environ[alias]) for alias, name in ALIASES.items() if alias in heard]
     said += [("SKIP_COMPILE", "COMPILE", "0")] if eager else []
     given: dict[str, tuple[str, str]] = {}
     for source, name, text in said:
-        if given.setdefault(name, (source, text))[1] != text:
-            raise UserError(f"{source}={environ[source]}: contradicts {given[name][0]}={environ[given[name][0]]}; set only one")
+        first, agreed = given.setdefault(name, (source, text))
+        if text != agreed:
+            raise UserError(f"{source}={environ[source]}: contradicts {first}={environ[first]}; set only one")
     return given
 
 def convert(name: str, text: str, kind: str):
     """The value of a variable's text, by its type's name; UserError where it is none."""
-    if kind == "str":
-        return text
-    if kind == "bool" and text not in ("0", "1"):
-        raise UserError(f"{name}={text}: must be 0 or 1")
+    read, remedy = READERS[kind]
     try:
-        value = dict(bool=lambda t: t == "1", int=int, float=float)[kind](text)
-    except ValueError:
-        raise UserError(f"{name}={text}: must be {'a whole number' if kind == 'int' else 'a number'}") from None
-    if kind == "float" and not math.isfinite(value):
-        raise UserError(f"{name}={text}: must be finite")
-    return value
+        return read(text)
+    except (KeyError, ValueError):
+        raise UserError(f"{name}={text}: must be {remedy}") from None
 
 def parse(name: str, text: str, source: str = ""):
     """The typed value of one setting; UserError, naming the variable that it came from, outside its range or choices."""
     field, source = FIELDS[name], source or name
     low, high = field.metadata["low"], field.metadata["high"]
-    choices = tuple(HEADS) if name == "HEAD_TYPE" else field.metadata["choices"]
+    choices = HEADS if name == "HEAD_TYPE" else field.metadata["choices"]
     if choices and text not in choices:
-        near = difflib.get_close_matches(text, choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(text, choices, n=1))
         raise UserError(f"{source}={text}: must be one of {', '.join(choices)}{hint}")
     value = convert(source, text, field.type)
-    if low is not None and value < low:
-        raise UserError(f"{source}={text}: must be at least {low}")
-    if high is not None and value > high:
-        raise UserError(f"{source}={text}: must be at most {high}")
+    if low is not None and not low <= value <= high:  # false for nan, too
+        bound = "finite" if not abs(value) < math.inf else f"at least {low}" if value < low else f"at most {high}"
+        raise UserError(f"{source}={text}: must be {bound}")
     return value
 
 def value_layers(settings: Hyperparameters) -> tuple[int, ...]:
     """The layers that get a value embedding, ascending; UserError where VE_LAYERS names none of the model's."""
-    if not settings.value_embed:
-        return ()
-    texts = [text.strip() for text in settings.ve_layers.split(",")]
-    if not all(re.fullmatch(r"\d{1,4}", text) and int(text) < settings.num_layers for text in texts):
+    texts = settings.ve_layers.split(",") if settings.value_embed else ()
+    if not all(re.fullmatch(r"\s*\d{1,4}\s*", text) and int(text) < settings.num_layers for text in texts):
         raise UserError(f"VE_LAYERS={settings.ve_layers}: must be layers in 0..{settings.num_layers - 1} separated by"
                         " commas, as in 9,10; or set VALUE_EMBED=0")
-    return tuple(sorted({int(text) for text in texts}))
+    return tuple(sorted({*map(int, texts)}))
 
 def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
     """What must hold between settings; raises UserError."""
     def need(true: object, name: str, remedy: str) -> None:
         if not true:
-            raise UserError(f"{name}={getattr(s, name.lower())}: must {remedy}")
+            source, text = given.get(name, (name, variables(s)[name]))
+            raise UserError(f"{source}={text}: must {remedy}")
     need(s.model_dim % s.num_heads == 0, "NUM_HEADS", f"divide MODEL_DIM={s.model_dim}")
     need(s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS", f"divide NUM_HEADS={s.num_heads}")
-    channels = s.model_dim // s.num_heads
+    channels, T = s.model_dim // s.num_heads, s.train_seq_len
     need(channels % 2 == 0, "NUM_HEADS", f"leave each head an even width (MODEL_DIM / NUM_HEADS is {channels})")
     need(s.rope_dims % 2 == 0 and s.rope_dims <= channels, "ROPE_DIMS", f"be even and at most {channels}, a head's width")
     need((s.rope_dims or channels) > 2 or not s.use_ntk_rope, "ROPE_DIMS", "rotate more than 2 channels with USE_NTK_ROPE=1")
     value_layers(s)
-    need(s.train_batch_tokens % s.train_seq_len == 0, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={s.train_seq_len}")
-    need(s.micro_batch_tokens == 0 or s.micro_batch_tokens >= s.train_seq_len, "MICRO_BATCH_TOKENS",
-         f"be 0 or hold a sequence, TRAIN_SEQ_LEN={s.train_seq_len}")
+    need(s.train_batch_tokens % T == 0, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={T}")
+    need(not 0 < s.micro_batch_tokens < T, "MICRO_BATCH_TOKENS", f"be 0 or hold a sequence, TRAIN_SEQ_LEN={T}")
     need(not s.use_fa3 or s.compute_dtype != "fp32", "COMPUTE_DTYPE", "be auto or bf16 with USE_FA3=1")
-    need(s.eval_stride <= s.train_seq_len, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={s.train_seq_len}")
-    need(s.run_id == "" or re.fullmatch(r"[\w.-]{1,200}", s.run_id, re.ASCII) and s.run_id.strip("."), "RUN_ID",
-         "be a folder name of letters, digits, '.', '_' and '-'")
+    need(s.eval_stride <= T, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={T}")
+    need(re.fullmatch(r"(?!\.+\Z)[\w.-]{0,200}", s.run_id, re.A), "RUN_ID", "be a folder name of letters, digits, '.', '_' and '-'")
     head = head_class(s)
-    for name in ("head_k", "head_rank", "head_dim", "head_lr", "head_untie_frac"):
-        if name.upper() in given and name not in head.uses:
-            source, text = given[name.upper()]
-            users = ", ".join(other for other, cls in HEADS.items() if name in cls.uses)
+    for name, (source, text) in given.items():
+        users = ", ".join(other for other, cls in HEADS.items() if name.lower() in cls.uses)
+        if users and name.lower() not in head.uses:
             raise UserError(f"{source}={text}: HEAD_TYPE={s.head_type} does not use it ({users} does); leave it unset")
-    if "head_rank" in head.uses:
-        least, bound = head.ranks
-        most = getattr(s, bound, math.inf)
-        need(least <= s.head_rank <= most, "HEAD_RANK", f"lie in {least}..{bound.upper()}={most} with HEAD_TYPE={s.head_type}")
+    least, bound = head.ranks if "head_rank" in head.uses else (0, "")
+    most = getattr(s, bound, math.inf)
+    need(least <= s.head_rank, "HEAD_RANK", f"be at least {least} with HEAD_TYPE={s.head_type}")
+    need(s.head_rank <= most, "HEAD_RANK", f"be at most {bound.upper()}={most} with HEAD_TYPE={s.head_type}")
     need(s.head_trainable or s.head_type != "tied", "HEAD_TRAINABLE", "be 1 with HEAD_TYPE=tied, which has no parameters of its own")
     need(s.train_only == "all" or s.head_type != "tied" and s.head_trainable, "TRAIN_ONLY", "be all with HEAD_TYPE=tied"
          " (it has no parameters of its own; ITERATIONS=0 scores it) and with HEAD_TRAINABLE=0")
@@ -317,22 +302,23 @@ PROMPT, PATIENT = 50, 600  # seconds until a silent rank counts as lost: in gene
 class World:
     """Rank, size and device; the few collectives that the program needs; the signals that ask it to stop."""
     def __init__(self) -> None:
-        self.rank, self.size, self.local_rank = (convert(name, os.environ.get(name, default), "int") for name, default in
-                                                 (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
-        if not 0 <= self.rank < self.size or self.local_rank < 0:
+        names = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size, self.local_rank, self.local_size = (
+            convert(name, os.environ.get(name, str(default)), "int") for name, default in names.items())
+        if not 0 <= self.rank < self.size or self.local_rank < 0 or self.local_size < 1:
             raise UserError(f"RANK={self.rank}: must lie in 0..WORLD_SIZE-1 with WORLD_SIZE={self.size}; use torchrun, or unset both")
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         self.signal, self.signalled = 0, math.inf
 
     def start(self) -> None:
         """Join the process group, NCCL for CUDA tensors and gloo for CPU tensors; listen to signals."""
+        backend = "gloo"
         if self.device.type == "cuda":
-            if self.local_rank >= torch.cuda.device_count():
-                raise UserError(f"LOCAL_RANK={self.local_rank}: this node has {torch.cuda.device_count()} GPUs;"
-                                " lower torchrun's --nproc_per_node")
+            backend, count = "cpu:gloo,cuda:nccl", torch.cuda.device_count()
+            if self.local_rank >= count:
+                raise UserError(f"LOCAL_RANK={self.local_rank}: this node has {count} GPUs; lower torchrun's --nproc_per_node")
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
                 dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PROMPT))
             except (ValueError, RuntimeError) as error:
@@ -394,15 +380,12 @@ class World:
 
     def average(self, tensors: list[Tensor]) -> None:
         """Mean over ranks of many tensors, in place, in one message."""
-        if self.size == 1:
-            return
-        flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors])).div_(self.size)
-        pieces = flat.split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors)])
+        if self.size > 1:
+            flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors])).div_(self.size)
+            torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.get_device_module(self.device).synchronize()
 
     def close(self) -> None:
         if self.size > 1:
@@ -415,8 +398,7 @@ BOS_ID = 1  # stands before every document
 def open_shard(path: Path) -> np.ndarray:
     """Memory-mapped tokens (uint16) of a shard: 256 little-endian int32 (magic, version, count), tokens. UserError if damaged."""
     try:
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-        size = path.stat().st_size
+        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if header.size < HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -426,7 +408,7 @@ def open_shard(path: Path) -> np.ndarray:
         raise UserError(f"{path}: has {size} bytes where its header promises {wanted}; it is truncated, fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS)
 
-def write_shard(path: Path, tokens: list[int]) -> None:
+def write_shard(path: Path, tokens: list[int] | np.ndarray) -> None:
     """The counterpart of open_shard."""
     header = np.array([SHARD_MAGIC, SHARD_VERSION, len(tokens), *[0] * (HEADER_INTS - 3)], dtype="<i4")
     write_whole(path, header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
@@ -450,7 +432,7 @@ def write_whole(path: Path, data: bytes) -> None:
             partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink()
 
 class Shards:
     """All tokens of one split as one endless sequence: after the last token comes the first again."""
@@ -471,11 +453,9 @@ class Shards:
         while count > 0:
             start %= len(self)
             index = int(np.searchsorted(self.starts, start, side="right")) - 1
-            offset = start - int(self.starts[index])
-            chunk = self.parts[index][offset:offset + count]
-            if int(chunk.max()) >= self.vocab_size:
-                raise UserError(f"{self.paths[index]}: holds token id {int(chunk.max())}, but VOCAB_SIZE={self.vocab_size};"
-                                " use the tokenizer of the data")
+            path, chunk = self.paths[index], self.parts[index][start - self.starts[index]:][:count]
+            if (top := int(chunk.max())) >= self.vocab_size:
+                raise UserError(f"{path}: holds token id {top}, but VOCAB_SIZE={self.vocab_size}; use the tokenizer of the data")
             chunks.append(chunk)
             start, count = start + chunk.size, count - chunk.size
         return np.concatenate(chunks).astype(np.int64)
@@ -487,41 +467,33 @@ def data_hash(train: Shards, val_N: Tensor) -> str:
 
 def train_batch(shards: Shards, step: int, settings: Hyperparameters, world: World) -> list[tuple[Tensor, Tensor]]:
     """This rank's micro-batches (x_BT, y_BT): step s trains on the targets s n + 1 .. (s + 1) n for any number of ranks."""
-    n, T = settings.train_batch_tokens, settings.train_seq_len
-    tokens = shards.take(step * n, n + 1)
-    share = n // T // world.size
-    mine = slice(world.rank * share, (world.rank + 1) * share)
-    x, y = (to_device(torch.from_numpy(part).view(-1, T)[mine], world.device) for part in (tokens[:-1], tokens[1:]))
-    B = micro_batch_sequences(settings, world)
+    n, T, B = settings.train_batch_tokens, settings.train_seq_len, micro_batch_sequences(settings, world)
+    tokens = torch.from_numpy(shards.take(step * n, n + 1))
+    x, y = (part.view(-1, T).chunk(world.size)[world.rank] for part in (tokens[:-1], tokens[1:]))
+    if world.device.type == "cuda":  # the copy is not waited for
+        x, y = (part.pin_memory().to(world.device, non_blocking=True) for part in (x, y))
     return list(zip(x.split(B), y.split(B)))
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a copy to a GPU is pinned and not waited for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 def micro_batch_sequences(settings: Hyperparameters, world: World) -> int:
     """Sequences of one forward pass on one rank: the largest divisor of its share within MICRO_BATCH_TOKENS."""
-    sequences = settings.train_batch_tokens // settings.train_seq_len
-    if sequences % world.size:
-        raise UserError(f"TRAIN_BATCH_TOKENS={settings.train_batch_tokens}: its {sequences} sequences do not divide"
-                        f" evenly among {world.size} ranks; use a multiple of {world.size * settings.train_seq_len}")
-    share = sequences // world.size
+    n, T = settings.train_batch_tokens, settings.train_seq_len
+    share, rest = divmod(n // T, world.size)
+    if rest:
+        raise UserError(f"TRAIN_BATCH_TOKENS={n}: its {n // T} sequences do not divide evenly among {world.size} ranks;"
+                        f" use a multiple of {world.size * T}")
     limit = settings.micro_batch_tokens or (131072 if world.device.type == "cuda" else 4096)
-    return max(B for B in range(1, max(1, min(share, limit // settings.train_seq_len)) + 1) if share % B == 0)
+    return max(B for B in range(1, max(1, min(share, limit // T)) + 1) if share % B == 0)
 
 def demo_documents() -> list[str]:
     """English text that every Python has: the topics of `help()` and the docstrings of the standard library."""
     from pydoc_data.topics import topics
-    documents = [text for _, text in sorted(topics.items())]
-    library = Path(os.__file__).parent
-    for path in sorted(library.rglob("*.py")):
-        if {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"} & set(path.relative_to(library).parts):
-            continue
+    documents, library = [*topics.values()], Path(os.__file__).parent
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in library.rglob("*.py"):
         with contextlib.suppress(SyntaxError, ValueError, OSError):
-            nodes = ast.walk(ast.parse(path.read_bytes()))
-            texts = (ast.get_docstring(node) for node in nodes
-                     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
-            documents.append("\n".join(text for text in texts if text))
+            if {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}.isdisjoint(path.relative_to(library).parts):
+                nodes = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented))
+                documents.append("\n".join(filter(None, map(ast.get_docstring, nodes))))
     # The order is fixed, but mixes topics and modules: the validation split must look like the rest.
     return sorted((text for text in documents if len(text) > 200), key=lambda text: hashlib.sha256(text.encode()).digest())
 
@@ -535,10 +507,8 @@ def build_demo(folder: Path, vocab_size: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / "tokenizer.model").exists():  # written last
             return
-        splits: dict[str, list[str]] = {"val": [], "test": [], "train": []}
-        for i, text in enumerate(demo_documents()):
-            splits[{0: "val", 1: "test"}.get(i % 25, "train")].append(text)
-        model = io.BytesIO()
+        documents, model = demo_documents(), io.BytesIO()
+        splits = dict(val=documents[::25], test=documents[1::25], train=[text for i, text in enumerate(documents) if i % 25 > 1])
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=(line for text in splits["train"] for line in text.splitlines() if line.strip()),
@@ -548,8 +518,7 @@ def build_demo(folder: Path, vocab_size: int) -> None:
             raise UserError(f"VOCAB_SIZE={vocab_size}: the demo's text does not fit that many tokens; use 1024") from None
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         for split, texts in splits.items():
-            tokens = [token for ids in processor.encode(texts) for token in (BOS_ID, *ids)]
-            write_shard(folder / f"fineweb_{split}_000000.bin", tokens)
+            write_shard(folder / f"fineweb_{split}_000000.bin", np.concatenate(processor.encode(texts, add_bos=True)))
         write_whole(folder / "tokenizer.model", model.getvalue())
 
 def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
@@ -566,14 +535,12 @@ def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
 ByteCounts = Callable[[Tensor, Tensor], Tensor]  # (token before, token) -> bytes, int64, of any one shape
 
 def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteCounts:
-    """UTF-8 bytes of a token, given the one before, as SentencePiece decodes them: they add up to a document's decoded text.
-    Raises UserError for a model that is missing, corrupt or of another vocabulary size."""
-    if not path.is_file():
-        raise UserError(f"TOKENIZER_PATH={path}: no such file")
+    """A token's bytes after another token; they add up to a document's decoded text. UserError for a bad or other-sized model."""
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
-        raise UserError(f"TOKENIZER_PATH={path}: is no SentencePiece model, or a corrupt one") from None
+        problem = "is no SentencePiece model, or a corrupt one" if path.is_file() else "no such file"
+        raise UserError(f"TOKENIZER_PATH={path}: {problem}") from None
     if processor.vocab_size() != vocab_size:
         raise UserError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {processor.vocab_size()} tokens")
     ids = range(vocab_size)
@@ -585,7 +552,7 @@ def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteC
         base = len(processor.decode(prefix).encode())
         texts = processor.decode([[*prefix, i] for i in ids])
         return [0 if control[i] else 1 if processor.is_byte(i) else len(texts[i].encode()) - base for i in ids]
-    inside_or_first_2V = torch.tensor([sizes([anchor]), sizes([])], dtype=torch.int64, device=device)
+    inside_or_first_2V = torch.tensor([sizes([anchor]), sizes([])], device=device)
     control_V = torch.tensor(control, dtype=torch.int64, device=device)
     return lambda before, token: inside_or_first_2V[control_V[before], token]
 
@@ -593,8 +560,7 @@ def unigram_bpb(train: Shards, val_N: Tensor, byte_counts: ByteCounts) -> float:
     """Bits per byte of add-one unigram frequencies of the train split's start: the mark that any model must beat."""
     seen = np.bincount(train.take(0, min(len(train), 10_000_000)), minlength=train.vocab_size) + 1
     bits_V = torch.from_numpy(-np.log2(seen / seen.sum()))
-    bytes_N = byte_counts(val_N[:-1], val_N[1:])
-    return (bits_V.to(val_N.device)[val_N[1:]].sum() / bytes_N.sum()).item()
+    return (bits_V.to(val_N.device)[val_N[1:]].sum() / byte_counts(val_N[:-1], val_N[1:]).sum()).item()
 
 # ---- Trunk: from tokens to the final normed hidden states -----------------------------------------------------------
 NORM_EPS = 1e-7  # explicit, so that it does not depend on the dtype
@@ -607,9 +573,8 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 class Linear(nn.Linear):
-    """Matrix product in the input's dtype, with float32 master weights and no bias.
-    INIT_TYPE=ortho: orthogonal, times 1 / sqrt(2 L) where the output joins the residual stream; `default`: PyTorch's
-    own, zero where it joins the stream. `scale` multiplies the output channels (folded into the weight)."""
+    """Matrix product in the input's dtype, with float32 master weights; `scale` multiplies the output channels.
+    INIT_TYPE=ortho: orthogonal, over sqrt(2 L) where the output joins the residual stream; `default`: PyTorch's own, there zero."""
     def __init__(self, settings: Hyperparameters, n_in: int, n_out: int, residual: bool = False) -> None:
         super().__init__(n_in, n_out, bias=False)
         if settings.init_type == "ortho":
@@ -617,17 +582,15 @@ class Linear(nn.Linear):
         elif residual:
             nn.init.zeros_(self.weight)
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        weight = self.weight if scale is None else self.weight * scale[:, None]
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, (self.weight if scale is None else self.weight * scale[:, None]).to(x.dtype))
 
 class Rotary(nn.Module):
     """Rotary position embedding of the first ROPE_DIMS channels (Su et al. 2021), NTK-aware base above 1,024 tokens."""
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
         self.dims = settings.rope_dims or settings.model_dim // settings.num_heads
-        base = settings.rope_base
-        if settings.use_ntk_rope and settings.train_seq_len > 1024:
-            base *= (settings.train_seq_len / 1024) ** (self.dims / (self.dims - 2))
+        stretched = settings.use_ntk_rope and settings.train_seq_len > 1024
+        base = settings.rope_base * ((settings.train_seq_len / 1024) ** (self.dims / (self.dims - 2)) if stretched else 1)
         frequency = base ** (-torch.arange(0, self.dims, 2, dtype=torch.float32) / self.dims)
         angle_TC = torch.outer(torch.arange(settings.train_seq_len, dtype=torch.float32), frequency)
         self.register_buffer("cos_T1C", angle_TC.cos()[:, None], persistent=False)
@@ -659,9 +622,7 @@ class Attention(nn.Module):
         super().__init__()
         D, self.H, self.G = settings.model_dim, settings.num_heads, settings.num_kv_heads
         self.C = D // self.H
-        self.q = Linear(settings, D, D)
-        self.k = Linear(settings, D, self.G * self.C)
-        self.v = Linear(settings, D, self.G * self.C)
+        self.q, self.k, self.v = (Linear(settings, D, heads * self.C) for heads in (self.H, self.G, self.G))
         self.out = Linear(settings, D, D, residual=True)
         self.q_gain = nn.Parameter(torch.full((self.H,), settings.qk_gain_init))
         self.rotary, self.exclusive, self.kernel = rotary, exclusive, attention_kernel(settings)
@@ -671,44 +632,27 @@ class Attention(nn.Module):
         k_BTGC = self.rotary(norm(self.k(x_BTD).view(B, T, self.G, self.C)))
         v = self.v(x_BTD)
         v_BTGC = (v if embedded is None else v + embedded).view(B, T, self.G, self.C)
-        y_BTHC = self.kernel(q_BTHC, k_BTGC, v_BTGC)
-        if self.exclusive:
-            y_BTHC = exclude_own_value(y_BTHC, v_BTGC)
-        return self.out(y_BTHC.reshape(B, T, D), scale_D)
-
-def exclude_own_value(y_BTHC: Tensor, v_BTGC: Tensor) -> Tensor:
-    """y - (y . v) v / |v|^2: the attention output without its component along the token's own value vector."""
-    y = y_BTHC.reshape(*v_BTGC.shape[:3], -1, v_BTGC.size(-1))
-    v = v_BTGC.unsqueeze(3)
-    share = (y * v).sum(-1, keepdim=True) / (v.square().sum(-1, keepdim=True) + NORM_EPS)
-    return (y - share * v).view_as(y_BTHC)
-
-class MLP(nn.Module):
-    """relu^2 MLP (So et al. 2021)."""
-    def __init__(self, settings: Hyperparameters) -> None:
-        super().__init__()
-        hidden = settings.mlp_mult * settings.model_dim
-        self.up = Linear(settings, settings.model_dim, hidden)
-        self.down = Linear(settings, hidden, settings.model_dim, residual=True)
-    def forward(self, x: Tensor, scale_D: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square(), scale_D)
+        y = self.kernel(q_BTHC, k_BTGC, v_BTGC)
+        if self.exclusive:  # y - (y . v) v / |v|^2; a value head is shared by H / G query heads
+            y, v = y.reshape(B, T, self.G, -1, self.C), v_BTGC.unsqueeze(3)
+            y = y - (y * v).sum(-1, keepdim=True) / (v.square().sum(-1, keepdim=True) + NORM_EPS) * v
+        return self.out(y.reshape(B, T, D), scale_D)
 
 class Block(nn.Module):
-    """Mix with the first stream x0, then attention, then MLP, each behind a norm and a scale per channel."""
+    """Mix with the first stream x0, then attention, then relu^2 MLP (So et al. 2021), each behind a norm and a scale per channel."""
     def __init__(self, settings: Hyperparameters, layer: int, rotary: Rotary) -> None:
         super().__init__()
-        D = settings.model_dim
+        D, hidden = settings.model_dim, settings.mlp_mult * settings.model_dim
         self.attn = Attention(settings, rotary, exclusive=layer >= settings.num_layers - settings.xsa_last_n)
-        self.mlp = MLP(settings)
-        self.attn_scale = nn.Parameter(torch.ones(D))
-        self.mlp_scale = nn.Parameter(torch.ones(D))
+        self.mlp = nn.ModuleDict(dict(up=Linear(settings, D, hidden), down=Linear(settings, hidden, D, residual=True)))
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
         self.norm_scale = (layer + 1) ** -0.5 if settings.ln_scale else 1.0
     def forward(self, x: Tensor, x0: Tensor, value: Tensor | None) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         x = x + self.attn(norm(x) * self.norm_scale, value, self.attn_scale)
-        return x + self.mlp(norm(x) * self.norm_scale, self.mlp_scale)
+        return x + self.mlp.down(F.relu(self.mlp.up(norm(x) * self.norm_scale)).square(), self.mlp_scale)
 
 class SmearGate(nn.Module):
     """(1 - g) x_t + g x_{t-1}, g = sigmoid per channel; nothing crosses into a document (BOS) or a sequence."""
@@ -727,30 +671,27 @@ class BigramHash(nn.Module):
         nn.init.zeros_(self.table.weight)
         self.proj = Linear(settings, settings.bigram_dim, settings.model_dim)
         self.layer_scale = nn.Parameter(torch.full((settings.num_layers,), 0.05))
-    def rows(self, x_BT: Tensor, starts_BT: Tensor) -> Tensor:
-        last = self.table.num_embeddings - 1
-        pair = torch.bitwise_xor(36313 * x_BT, 27191 * F.pad(x_BT, (1, -1))) % last
-        return pair.masked_fill(starts_BT, last)
     def forward(self, x_BT: Tensor, starts_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.proj(self.table(self.rows(x_BT, starts_BT)).to(dtype))
+        last = self.table.num_embeddings - 1
+        pair_BT = torch.bitwise_xor(36313 * x_BT, 27191 * F.pad(x_BT, (1, -1))) % last
+        return self.proj(self.table(pair_BT.masked_fill(starts_BT, last)).to(dtype))
 
 class ValueEmbedding(nn.Module):
     """Token embedding added to the attention values of some layers, with one scale a layer."""
-    def __init__(self, settings: Hyperparameters, count: int) -> None:
+    def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
+        self.layers = value_layers(settings)
         self.table = nn.Embedding(settings.vocab_size, settings.ve_dim)
         nn.init.normal_(self.table.weight, std=0.01)
-        kv_dim = settings.model_dim // settings.num_heads * settings.num_kv_heads
-        self.proj = Linear(settings, settings.ve_dim, kv_dim, residual=True)
+        self.proj = Linear(settings, settings.ve_dim, settings.model_dim // settings.num_heads * settings.num_kv_heads, residual=True)
         self.scale = nn.Parameter(torch.tensor(0.1))
-        self.layer_scale = nn.Parameter(torch.ones(count))
+        self.layer_scale = nn.Parameter(torch.ones(len(self.layers)))
     def forward(self, x_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return self.proj(self.table(x_BT).to(dtype)) * self.scale.to(dtype)
 
 class GPT(nn.Module):
-    """The model: U-Net of blocks over token embeddings, and one output head.
-    Called with tokens x_BT and targets y_BT (int64) it returns the mean negative log-likelihood in nats, a scalar.
-    `compute_dtype` is that of activations and matrix products; None: the weights' own."""
+    """U-Net of blocks over token embeddings, and one output head. `compute_dtype` is that of activations and matrix products;
+    None: the weights' own. Tokens x_BT and targets y_BT (int64) give the mean negative log-likelihood in nats, a scalar."""
     def __init__(self, settings: Hyperparameters, compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         L, D = settings.num_layers, settings.model_dim
@@ -762,8 +703,7 @@ class GPT(nn.Module):
         rotary = Rotary(settings)
         self.blocks = nn.ModuleList(Block(settings, layer, rotary) for layer in range(L))
         self.skip_weights = nn.Parameter(torch.ones(L // 2, D)) if L > 1 else None
-        self.value_layers = value_layers(settings)
-        self.value_embed = ValueEmbedding(settings, len(self.value_layers)) if self.value_layers else None
+        self.value_embed = ValueEmbedding(settings) if settings.value_embed else None
         self.requires_grad_(settings.train_only == "all")
         self.head = head_class(settings)(settings).requires_grad_(settings.head_trainable)
         self.head.copy_embedding(self.tok_emb.weight)
@@ -771,36 +711,32 @@ class GPT(nn.Module):
     def hidden(self, x_BT: Tensor) -> Tensor:
         """The final normed hidden states h_BTD: the first half of the blocks stores skips, the second adds them back."""
         starts_BT = (x_BT == BOS_ID).index_fill(1, x_BT.new_zeros(1), True)
-        x = self.tok_emb(x_BT)
-        dtype = self.compute_dtype or x.dtype
-        x = x.to(dtype)
+        dtype = self.compute_dtype or self.tok_emb.weight.dtype
+        x = self.tok_emb(x_BT).to(dtype)
         if self.smear is not None:
             x = self.smear(x, starts_BT)
         x = x0 = norm(x)
         bigram = None if self.bigram is None else self.bigram(x_BT, starts_BT, dtype)
         values = None if self.value_embed is None else self.value_embed(x_BT, dtype)
-        L, skips = len(self.blocks), []
+        half, skips = len(self.blocks) // 2, []
         for layer, block in enumerate(self.blocks):
-            if layer >= L // 2 and skips:
-                x = x + self.skip_weights[layer - L // 2].to(dtype) * skips.pop()
+            if layer >= half and skips:
+                x = x + self.skip_weights[layer - half].to(dtype) * skips.pop()
             if bigram is not None:
                 x = x + bigram * self.bigram.layer_scale[layer].to(dtype)
-            x = block(x, x0, self.layer_value(values, layer))
-            if layer < L // 2:
+            value = None
+            if values is not None and layer in self.value_embed.layers:
+                value = values * self.value_embed.layer_scale[self.value_embed.layers.index(layer)].to(dtype)
+            x = block(x, x0, value)
+            if layer < half:
                 skips.append(x)
         return norm(x)
-
-    def layer_value(self, values: Tensor | None, layer: int) -> Tensor | None:
-        if values is None or layer not in self.value_layers:
-            return None
-        return values * self.value_embed.layer_scale[self.value_layers.index(layer)].to(values.dtype)
 
     def nll(self, x_BT: Tensor, y_BT: Tensor, last: int | None = None) -> Tensor:
         """Negative log-likelihoods in nats of the last `last` targets of each sequence (all by default), B x last."""
         first = 0 if last is None else x_BT.size(1) - last
-        h_ND = self.hidden(x_BT)[:, first:].flatten(0, 1)
-        x, y = x_BT[:, first:], y_BT[:, first:]
-        return self.head.nll(h_ND, x.flatten(), y.flatten(), self.tok_emb.weight).view(y.shape)
+        h_BTD, x_BT, y_BT = self.hidden(x_BT)[:, first:], x_BT[:, first:], y_BT[:, first:]
+        return self.head.nll(h_BTD.flatten(0, 1), x_BT.flatten(), y_BT.flatten(), self.tok_emb.weight).view(y_BT.shape)
 
     def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         return self.nll(x_BT, y_BT).mean()
@@ -817,7 +753,7 @@ class Head(nn.Module):
     to equal the tied head at step 0 wherever that is possible."""
     uses: tuple[str, ...] = ()  # the settings that it reads
     ranks = (1, "model_dim")  # its least HEAD_RANK, and the setting that bounds it ("": none does)
-    vocab_lr = 0.008  # HEAD_LR where that is not set
+    head_lr, head_matrix_lr = 0.01, 0.001  # where the settings of these names are not set
     products_with_E = 1  # how often it multiplies by E: its FLOPs beside those of its own parameters
 
     def __init__(self, settings: Hyperparameters) -> None:
@@ -883,7 +819,7 @@ class Untied(Head):
 
 class Factorized(Head):
     """cap(g C A h): a softmax bottleneck of rank R with a learned scale g (study A, H1 and H2, made trainable)."""
-    uses, products_with_E = ("head_lr", "head_rank"), 0
+    uses, products_with_E = ("head_lr", "head_matrix_lr", "head_rank"), 0
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.add(matrix=dict(A_RD=fan_in_normal(R, D)), vocab=dict(C_VR=fan_in_normal(V, R)),
                  scalar=dict(g=torch.tensor(self.tied_logit_std)))
@@ -892,7 +828,7 @@ class Factorized(Head):
 
 class Simplex(Head):
     """cap(g C s) with s = M softmax(S h) - 1, a point of the simplex centred and scaled (study A, H6, made trainable)."""
-    uses, products_with_E = ("head_dim", "head_lr"), 0
+    uses, products_with_E = ("head_dim", "head_lr", "head_matrix_lr"), 0
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         # S h is standard normal at step 0, so M softmax(S h) is about lognormal, with variance e - 1.
         self.add(matrix=dict(S_MD=fan_in_normal(settings.head_dim, D)), vocab=dict(C_VM=fan_in_normal(V, settings.head_dim)),
@@ -903,7 +839,7 @@ class Simplex(Head):
 
 class Delta(Head):
     """cap((E + C A) h): the tied head and a correction of rank R; R = 0: a full one, C alone."""
-    uses, ranks = ("head_lr", "head_rank"), (0, "model_dim")
+    uses, ranks = ("head_lr", "head_matrix_lr", "head_rank"), (0, "model_dim")
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.add(matrix=dict(A_RD=fan_in_normal(R, D)) if R else {}, vocab=dict(C_VR=torch.zeros(V, R or D)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
@@ -912,7 +848,7 @@ class Delta(Head):
 
 class Wide(Head):
     """cap(E h + C relu(A h)^2): R more features than the width, so logits of true rank D + R, at their least price."""
-    uses, ranks = ("head_lr", "head_rank"), (1, "")
+    uses, ranks = ("head_lr", "head_matrix_lr", "head_rank"), (1, "")
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.add(matrix=dict(A_RD=fan_in_normal(R, D)), vocab=dict(C_VR=torch.zeros(V, R)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
@@ -930,7 +866,7 @@ class MixtureOfSoftmaxes(Head):
     """log sum_k pi_k softmax(cap(E (h + U_k V_k h))), pi = softmax(G h + b) (Yang et al. 2018; tied, low-rank).
     U = 0 starts all components at the tied head; independent V_k let their gradients differ from the first step.
     Training needs only the K target log-probabilities, so the V-wide mixture is never formed."""
-    uses = ("head_k", "head_rank")
+    uses = ("head_k", "head_matrix_lr", "head_rank")
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.products_with_E = K = settings.head_k
         self.gate_KD = self.gate_bias_K = None  # one component needs no gate
@@ -975,7 +911,7 @@ class SimplexPR908(Simplex):
 
 class MixturePR908(Head):
     """cap(sum_k pi_k C_k A_k h), pi = softmax(G h): a mixture of logits, so one softmax of rank K R."""
-    uses, products_with_E = ("head_k", "head_lr", "head_rank"), 0
+    uses, products_with_E = ("head_k", "head_lr", "head_matrix_lr", "head_rank"), 0
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         A_KRD, C_KVR = (torch.stack([orthogonal(n, m) for _ in range(settings.head_k)]) for n, m in ((R, D), (V, R)))
         gate_KD = (2 * torch.rand(settings.head_k, D) - 1) / D ** 0.5
@@ -986,6 +922,8 @@ class MixturePR908(Head):
 
 class MixturePR266(MixtureOfSoftmaxes):
     """log sum_k pi_k softmax(E U_k V h), pi = softmax(G h): all components share one V of rank R, and there is no cap."""
+    head_matrix_lr = 0.04  # study B's MATRIX_LR
+
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.products_with_E, self.gate_bias_K = settings.head_k, None
         self.add(matrix=dict(V_RD=0.02 * torch.randn(R, D), U_MR=0.02 * torch.randn(settings.head_k * D, R)),
@@ -1008,24 +946,18 @@ def head_class(s: Hyperparameters) -> type[Head]:
     return found
 
 # ---- Optimizers: Muon for matrices, Adam for the rest; every parameter in exactly one group -------------------------
-TRUNK_ROLES = (
-    ("table", r"(bigram|value_embed)\.table\.weight"),
-    ("matrix", r"(blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))|(bigram|value_embed)\.proj)\.weight"),
-    ("scalar", r"smear\.gate|skip_weights|(bigram|value_embed)\.(layer_)?scale"
-               r"|blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)"),
-)
+TRUNK_ROLES = dict(
+    table=r"(bigram|value_embed)\.table\.weight",
+    matrix=r"(blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))|(bigram|value_embed)\.proj)\.weight",
+    scalar=r"smear\.gate|skip_weights|(bigram|value_embed)\.(layer_)?scale|blocks\.\d+\.(attn\.q_gain|(attn|mlp)_scale|resid_mix)")
 
 def parameter_roles(model: GPT) -> dict[str, str]:
-    """The role of every parameter by name: tied or table (embeddings that also make logits, or do not), matrix, scalar or
-    vocab. RuntimeError unless each has exactly one."""
+    """By name: tied or table (embeddings that also make logits, or do not), matrix, scalar or vocab. RuntimeError unless just one."""
+    rules = [*TRUNK_ROLES.items(), ("tied" if model.head.products_with_E else "table", r"tok_emb\.weight"),
+             *((role, rf"head\.{name}") for name, role in model.head.roles.items())]
     roles = {}
     for name, _ in model.named_parameters():
-        if name == "tok_emb.weight":
-            found = ["tied" if model.head.products_with_E else "table"]
-        elif name.startswith("head."):
-            found = [role for own, role in model.head.roles.items() if name == f"head.{own}"]
-        else:
-            found = [role for role, pattern in TRUNK_ROLES if re.fullmatch(pattern, name)]
+        found = [role for role, pattern in rules if re.fullmatch(pattern, name)]
         if len(found) != 1:
             raise RuntimeError(f"parameter {name} meets {len(found)} optimizer rules; it must meet exactly one")
         roles[name] = found[0]
@@ -1033,61 +965,55 @@ def parameter_roles(model: GPT) -> dict[str, str]:
 
 def newton_schulz(G: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
     """Nearly the orthogonal factor of each matrix of a batch: singular values near 1 (Jordan et al. 2024, Muon)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).to(dtype)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X.mT if tall else X
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), with decoupled weight decay.
-    Matrices of one shape are one group and one batch, split over the ranks; a parameter of 3 dimensions is a stack of
-    matrices. Gradients must be the same on every rank. At constant momentum it equals torch.optim.Muon."""
-    def __init__(self, params: list[nn.Parameter], world: World, dtype: torch.dtype, **defaults: float) -> None:
+    """Momentum, orthogonalised (Jordan et al. 2024), with decoupled weight decay; equals torch.optim.Muon at constant momentum.
+    Parameters of one shape (in 3-D: stacks) are one batch of matrices, split over the ranks, which must hold equal gradients."""
+    def __init__(self, params: list[nn.Parameter] | list[dict], world: World, dtype: torch.dtype, **defaults: float) -> None:
         self.world, self.dtype = world, dtype
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
-        for p in params:
-            shapes.setdefault(p.shape, []).append(p)
-        super().__init__([dict(params=group) for group in shapes.values()], defaults)
+        groups = params if isinstance(params[0], dict) else [dict(params=params)]
+        super().__init__([dict(group, params=[p for p in group["params"] if p.shape == shape]) for group in groups
+                          for shape in dict.fromkeys(p.shape for p in group["params"])], defaults)
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             params = group["params"]
             gradient = torch.stack([p.grad for p in params])
-            state = self.state[params[0]]  # one stacked buffer for the whole group
-            if not state:
-                state["momentum"] = torch.zeros_like(gradient)
-            momentum = state["momentum"].mul_(group["momentum"]).add_(gradient)
-            update = self.orthogonalise(gradient.add_(momentum, alpha=group["momentum"]).flatten(0, -3))
+            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(gradient))  # stacked, of the whole group
+            momentum.mul_(group["momentum"]).add_(gradient)
+            stack = gradient.add_(momentum, alpha=group["momentum"]).flatten(0, -3)
+            padded = F.pad(stack, (0, 0, 0, 0, 0, -len(stack) % self.world.size))
+            mine = padded.chunk(self.world.size)[self.world.rank]
+            update = self.world.gather(newton_schulz(mine, self.dtype))[:len(stack)]
             stretch = max(1.0, update.size(-2) / update.size(-1)) ** 0.5
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update.view_as(gradient).to(params[0].dtype)), alpha=-group["lr"] * stretch)
-    def orthogonalise(self, stack: Tensor) -> Tensor:
-        """Each rank does its share of the stack; all get the whole."""
-        count, share = len(stack), -(-len(stack) // self.world.size)
-        padded = F.pad(stack, (0, 0, 0, 0, 0, share * self.world.size - count))
-        mine = padded[self.world.rank * share:(self.world.rank + 1) * share]
-        return self.world.gather(newton_schulz(mine, self.dtype))[:count]
 
 def build_optimizers(model: GPT, settings: Hyperparameters, world: World) -> list[torch.optim.Optimizer]:
     """Muon and Adam over all trainable parameters, by role; every group carries its unscaled rate as `base_lr`."""
     roles = parameter_roles(model)
-    rates = dict(tied=settings.tied_embed_lr, table=settings.tied_embed_lr, vocab=settings.head_lr or model.head.vocab_lr,
-                 scalar=settings.scalar_lr)
-    by_role = {role: [p for name, p in model.named_parameters() if roles[name] == role and p.requires_grad]
-               for role in (*rates, "matrix")}
-    adam = [dict(params=by_role[role], lr=lr) for role, lr in rates.items() if by_role[role]]
+    rates = dict(tied=settings.tied_embed_lr, table=settings.tied_embed_lr, vocab=settings.head_lr or model.head.head_lr,
+                 scalar=settings.scalar_lr, matrix=settings.matrix_lr)
+    groups: dict[tuple[bool, float], dict] = {}
+    for name, p in model.named_parameters():
+        matrix, rate = roles[name] == "matrix", rates[roles[name]]
+        if matrix and name.startswith("head."):
+            rate = settings.head_matrix_lr or model.head.head_matrix_lr
+        if p.requires_grad:
+            groups.setdefault((matrix, rate), dict(params=[], lr=rate, base_lr=rate))["params"].append(p)
+    adam, muon = ([group for (matrix, _), group in groups.items() if matrix == wanted] for wanted in (False, True))
     optimizers = [torch.optim.AdamW(adam, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
                                     weight_decay=settings.adam_wd, fused=True)] if adam else []
-    if by_role["matrix"]:
-        dtype = torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
-        optimizers.append(Muon(by_role["matrix"], world, dtype, lr=settings.matrix_lr, momentum=settings.muon_momentum,
+    if muon:
+        optimizers.append(Muon(muon, world, model.compute_dtype or torch.float32, momentum=settings.muon_momentum,
                                weight_decay=settings.muon_weight_decay))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["base_lr"] = group["lr"]
     return optimizers
 
 def require_gradients(model: nn.Module) -> None:
@@ -1099,8 +1025,7 @@ def require_gradients(model: nn.Module) -> None:
 @torch.no_grad()
 def update_average(average: list[Tensor], parameters: list[Tensor], step: int, alpha: float) -> None:
     """Exponential moving average in float32, in place; short runs do not average their initial weights."""
-    decay = min(alpha, (1 + step) / (10 + step))
-    torch._foreach_lerp_(average, parameters, 1 - decay)
+    torch._foreach_lerp_(average, parameters, 1 - min(alpha, (1 + step) / (10 + step)))
 
 # ---- Schedule: pure functions of step and time ----------------------------------------------------------------------
 def learning_rate_scale(step: int, seconds: float, s: Hyperparameters) -> float:
@@ -1108,14 +1033,13 @@ def learning_rate_scale(step: int, seconds: float, s: Hyperparameters) -> float:
     def ramp(remaining: float, length: float) -> float:
         return min(1.0, max(remaining, 0.0) / length) if length > 0 else 1.0
     by_steps = ramp(s.iterations - step, min(s.warmdown_iters, s.warmdown_frac * s.iterations))
-    if s.max_wallclock_seconds == 0:
-        return by_steps
     cap, step_seconds = s.max_wallclock_seconds, seconds / max(step, 1)
-    return min(by_steps, ramp(cap - seconds, min(s.warmdown_iters * step_seconds, s.warmdown_frac * cap)))
+    by_time = ramp(cap - seconds, min(s.warmdown_iters * step_seconds, s.warmdown_frac * cap)) if cap else 1.0
+    return min(by_steps, by_time)
 
 def progress(step: int, seconds: float, s: Hyperparameters) -> float:
     """The share of the run that is over, by whichever end comes first."""
-    return max(step / max(s.iterations, 1), seconds / s.max_wallclock_seconds if s.max_wallclock_seconds else 0.0)
+    return max(step / max(s.iterations, 1), seconds / (s.max_wallclock_seconds or math.inf))
 
 def momentum_at(step: int, s: Hyperparameters) -> float:
     """Muon's momentum: linear from its start to its end over the warm-up."""
@@ -1144,21 +1068,19 @@ def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int,
 
 def windows(tokens_N: Tensor, stride: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
     """This rank's batches of windows: x_BT, y_BT, which targets exist, and how many of the last ones each window scores.
-    Window k reads T tokens from token k stride and scores the targets that no window before it scored: T in the first, then
-    `stride`; the first that reaches the end is the last. All batches have one shape, for compiled code: the last is filled
-    up with empty windows, which start at the end."""
+    Window k reads T tokens from token k stride and scores what none before it did: T targets in the first, then `stride`; the
+    first that reaches the end is the last. For compiled code all batches have one shape, filled up with empty windows at the end."""
     T, end, device = s.train_seq_len, len(tokens_N), world.device
     limit = 131072 if device.type == "cuda" else 16384
     B, count = max(1, min(s.val_batch_size // world.size, limit) // T), 1 + max(0, -(-(end - 1 - T) // stride))
-    first = 0 if stride == T else 1  # window 0 scores like the others, or goes alone
-    low, high = (first + (count - first) * rank // world.size for rank in (world.rank, world.rank + 1))
-    batches = [(range(k, min(k + B, high)), stride) for k in range(low, high, B)]
-    for batch, scored in [(range(1), T)] * (first and world.rank == 0) + batches:
+    alone = stride < T  # then window 0, which scores T targets, is a batch of its own
+    mine = range(*(alone + (count - alone) * rank // world.size for rank in (world.rank, world.rank + 1)))
+    for batch in [range(1)] * (alone and world.rank == 0) + [mine[k:k + B] for k in range(0, len(mine), B)]:
         world.heed()
         starts_B = F.pad(torch.arange(batch.start, batch.stop, device=device) * stride, (0, B - len(batch)), value=end)
         index = starts_B[:, None] + torch.arange(T + 1, device=device)
         sequence = tokens_N[index.clamp(max=end - 1)]
-        yield sequence[:, :-1], sequence[:, 1:], index[:, 1:] < end, scored
+        yield sequence[:, :-1], sequence[:, 1:], index[:, 1:] < end, T if batch.start == 0 else stride
 
 @torch.inference_mode()
 def spectrum(model: GPT, tokens_N: Tensor, s: Hyperparameters, world: World) -> dict[str, float]:
@@ -1176,7 +1098,7 @@ def spectrum(model: GPT, tokens_N: Tensor, s: Hyperparameters, world: World) -> 
     energy_V = torch.linalg.eigvalsh(world.sum(gram_VV).cpu()).flip(0).clamp_min(0)
     share_V = energy_V.cumsum(0) / energy_V.sum()
     return dict(contexts=len(contexts) - 1, rank_9999=1 + int((share_V < 0.9999).sum()),
-                energy_beyond_model_dim=1 - share_V[min(s.model_dim, s.vocab_size) - 1].item())
+                energy_beyond_model_dim=(energy_V[s.model_dim:].sum() / energy_V.sum()).item())
 
 def maybe_compile(function: Callable, settings: Hyperparameters, world: World) -> Callable:
     """The function compiled, where COMPILE says so; shapes are static."""
@@ -1186,14 +1108,16 @@ def maybe_compile(function: Callable, settings: Hyperparameters, world: World) -
 # ---- Artifact: quantize, fit under the cap, pack, unpack ------------------------------------------------------------
 MAGIC = b"GPTHEAD2"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, two payloads
 LONGEST_HEADER = 2**20  # bytes
+STORED = [name for name, scope in SCOPES.items() if scope != "run"]  # the settings in the header
 # How a tensor is stored, by its role, and how much finer its grid is: what makes logits is the most sensitive.
 KINDS = dict(matrix=torch.int8, table=torch.int8, tied=torch.int16, vocab=torch.int16, scalar=torch.float32)
 FINER = dict(matrix=1.0, table=2.0, tied=16.0, vocab=8.0)
+Tensors = Mapping[str, Tensor]  # by the parameter's name
+Roles = Mapping[str, str]
 
 def to_grid(weight: Tensor, role: str, step: float, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Integers (rows x columns) and row scales (bfloat16) of a matrix or a stack: weight is about integers * scales.
-    A row's scale is `step` times its RMS over FINER[role], or what its largest entry needs in the integer type, whichever
-    is coarser; step = 0 is plain absmax rounding. Rounds to the nearest, or by `gptq` where there is a Hessian."""
+    """Integers (rows x columns) and bfloat16 row scales whose product is about the matrix or stack; to the nearest, or by `gptq`.
+    A scale is `step` times its row's RMS over FINER[role], or what its largest entry needs where that is coarser, as for step 0."""
     levels = torch.iinfo(KINDS[role]).max
     rows = weight.detach().float().flatten(0, -2)
     rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64) / rows.size(1) ** 0.5
@@ -1209,32 +1133,29 @@ def gptq(exact: Tensor, hessian: Tensor, levels: int) -> Tensor:
     H, W = hessian[order][:, order].double(), exact[:, order]
     H.diagonal().add_(0.01 * H.diagonal().mean() + 1e-10)
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).to(W.dtype)
-    rounded, errors = torch.empty_like(W), torch.empty_like(W)
+    errors = torch.empty_like(W)
     for start in range(0, W.size(1), 128):
         stop = min(start + 128, W.size(1))
         for i in range(start, stop):
-            rounded[:, i] = W[:, i].round().clamp(-levels, levels)
-            errors[:, i] = (W[:, i] - rounded[:, i]) / U[i, i]
+            errors[:, i] = (W[:, i] - W[:, i].round().clamp(-levels, levels)) / U[i, i]
             W[:, i + 1:stop].addr_(errors[:, i], U[i, i + 1:stop], alpha=-1)
         W[:, stop:] -= errors[:, start:stop] @ U[start:stop, stop:]
-    return rounded[:, order.argsort()]
+    return W.round_().clamp_(-levels, levels)[:, order.argsort()]
 
 def calibrate(model: GPT, batches: Iterable[list[tuple[Tensor, Tensor]]], world: World) -> dict[str, Tensor]:
     """gptq's Hessians: sums of x x^T over the inputs x of every Linear on these batches of all ranks, by the weight's name;
     for an embedding that makes logits, over the final hidden states."""
+    names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+    names[model.head] = "tok_emb.weight" if model.head.products_with_E else "head.D_VD"
     sums: dict[str, Tensor] = {}
 
-    def add(name: str, inputs: tuple[Tensor, ...]) -> None:
-        x_ND = inputs[0].flatten(0, -2).float()
-        sums[name] = torch.addmm(sums[name], x_ND.T, x_ND) if name in sums else x_ND.T @ x_ND
-    hooks = [module.register_forward_pre_hook(lambda _, inputs, name=name: add(f"{name}.weight", inputs))
-             for name, module in model.named_modules() if isinstance(module, Linear)]
-    with torch.no_grad():
+    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if name := names.get(module):
+            x_ND = inputs[0].flatten(0, -2).float()
+            sums[name] = torch.addmm(sums[name], x_ND.T, x_ND) if name in sums else x_ND.T @ x_ND
+    with torch.no_grad(), nn.modules.module.register_module_forward_pre_hook(add):
         for x_BT, _ in (micro_batch for batch in batches for micro_batch in batch):
-            h_BTD = model.hidden(x_BT)
-            add("tok_emb.weight" if model.head.products_with_E else "head.D_VD", (h_BTD,))
-    for hook in hooks:
-        hook.remove()
+            add(model.head, (model.hidden(x_BT),))
     return {name: world.sum(total).cpu() for name, total in sums.items()}
 
 def on_grid(weight: Tensor, role: str, step: float) -> Tensor:
@@ -1243,30 +1164,27 @@ def on_grid(weight: Tensor, role: str, step: float) -> Tensor:
     return integers.mul_(scale.float()).view_as(weight).to(weight.dtype)
 
 @contextlib.contextmanager
-def rounded_weights(model: GPT, roles: Mapping[str, str], step: float | None) -> Iterator[None]:
+def rounded_weights(model: GPT, roles: Roles, step: float | None) -> Iterator[None]:
     """Inside, matrices lie on the export's grid of this step (None: as they are); gradients are taken there (late QAT)."""
-    chosen = [(p, roles[name]) for name, p in model.named_parameters() if step is not None and roles[name] in FINER]
-    masters = [p.detach().clone() for p, _ in chosen]
+    chosen = [(p.detach(), p.detach().clone(), roles[name])
+              for name, p in model.named_parameters() if step is not None and roles[name] in FINER]
     try:
-        with torch.no_grad():
-            for p, role in chosen:
-                p.copy_(on_grid(p, role, step))
+        for p, master, role in chosen:
+            p.copy_(on_grid(master, role, step))
         yield
     finally:
-        with torch.no_grad():
-            for (p, _), master in zip(chosen, masters):
-                p.copy_(master)
+        for p, master, _ in chosen:
+            p.copy_(master)
 
 def planes(tensor: Tensor) -> list[bytes]:
-    """A tensor's bytes: all lowest ones, then all next ones. Integers are counted 0, -1, 1, -2 ..., so that small ones of
-    either sign have upper bytes of zero."""
+    """A tensor's bytes, all lowest ones first. Integers are counted 0, -1, 1, -2 ..., so that small ones have upper bytes of zero."""
     if not tensor.is_floating_point():
         tensor = (tensor << 1) ^ (tensor >> 8 * tensor.itemsize - 1)
     return [plane.numpy().tobytes() for plane in tensor.flatten().view(torch.uint8).view(-1, tensor.itemsize).T]
 
 def from_planes(raw: list[bytes], kind: torch.dtype) -> Tensor:
-    """The inverse of `planes`: a flat float32 tensor."""
-    flat = torch.from_numpy(np.stack([np.frombuffer(plane, np.uint8) for plane in raw], axis=1).reshape(-1)).view(kind)
+    """The inverse of `planes`, however its bytes are cut into pieces: a flat float32 tensor."""
+    flat = torch.from_numpy(np.frombuffer(b"".join(raw), np.uint8).reshape(kind.itemsize, -1).T.flatten()).view(kind)
     return (flat if kind.is_floating_point else (flat >> 1 & torch.iinfo(kind).max) ^ -(flat & 1)).float()
 
 def compress(raw: bytes, codec: str, repeats: bool = False) -> bytes:
@@ -1276,40 +1194,39 @@ def compress(raw: bytes, codec: str, repeats: bool = False) -> bytes:
     deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY if repeats else zlib.Z_HUFFMAN_ONLY)
     return deflate.compress(raw) + deflate.flush()
 
+def expect(true: object, otherwise: str) -> None:
+    """ValueError, saying what is otherwise, unless true."""
+    if not true:
+        raise ValueError(otherwise)
+
 def decompress(packed: memoryview, codec: str, size: int) -> bytes:
     """Exactly `size` bytes, never allocating more than one beyond; ValueError for anything else."""
     if codec == "zstd":
-        if zstd().frame_content_size(packed) != size:
-            raise ValueError("a payload has another size than its tensors")
+        expect(zstd().frame_content_size(packed) == size, "a payload has another size than its tensors")
         raw = zstd().ZstdDecompressor().decompress(packed, allow_extra_data=False)
     else:
         inflate = zlib.decompressobj()
         raw = inflate.decompress(packed, size + 1)
-        if not inflate.eof or inflate.unused_data:
-            raise ValueError("a payload does not end where it should")
-    if len(raw) != size:
-        raise ValueError(f"a payload holds {len(raw)} bytes instead of {size}")
+        expect(inflate.eof and not inflate.unused_data, "a payload does not end where it should")
+    expect(len(raw) == size, f"a payload holds {len(raw)} bytes instead of {size}")
     return raw
 
 def zstd():
     """The zstandard module; UserError where it is not installed."""
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError("COMPRESS_ALGO=zstd: the package zstandard is not installed; install it or use zlib") from None
-    return zstandard
+    if not importlib.util.find_spec("zstandard"):
+        raise UserError("COMPRESS_ALGO=zstd: the package zstandard is not installed; install it or use zlib")
+    return importlib.import_module("zstandard")
 
-def layout(tensors: Mapping[str, Tensor], roles: Mapping[str, str]) -> list[list]:
+def layout(tensors: Tensors, roles: Roles) -> list[list]:
     """Name, storage type and shape of every tensor, as the header holds them."""
     return [[name, str(KINDS[roles[name]]).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
 
-def write_payloads(state: Mapping[str, Tensor], roles: Mapping[str, str], step: float, codec: str,
-                   hessians: Mapping[str, Tensor] = {}) -> tuple[bytes, bytes]:
+def write_payloads(state: Tensors, roles: Roles, step: float, codec: str, hessians: Tensors | None = None) -> tuple[bytes, bytes]:
     """The lowest bytes of all integers, and the rest (upper bytes, row scales, scalars), each compressed in its own way."""
     lowest, rest = [], []
     for name, weight in state.items():
         if roles[name] in FINER:
-            integers, scale = to_grid(weight, roles[name], step, hessians.get(name))
+            integers, scale = to_grid(weight, roles[name], step, (hessians or {}).get(name))
             low, *upper = planes(integers.to(KINDS[roles[name]]))
             lowest.append(low)
             rest += [*upper, *planes(scale)]
@@ -1317,58 +1234,49 @@ def write_payloads(state: Mapping[str, Tensor], roles: Mapping[str, str], step: 
             rest += planes(weight)
     return compress(b"".join(lowest), codec), compress(b"".join(rest), codec, repeats=True)
 
-def read_payloads(packed: memoryview, cut: int, codec: str, tensors: Mapping[str, Tensor], roles: Mapping[str, str],
-                  ) -> dict[str, Tensor]:
+def read_payloads(packed: memoryview, cut: int, codec: str, tensors: Tensors, roles: Roles) -> dict[str, Tensor]:
     """The inverse of write_payloads, whose results meet at `cut`, for the shapes of (meta) tensors."""
     rows = {name: p.numel() // p.size(-1) for name, p in tensors.items() if roles[name] in FINER}
-    low = sum(tensors[name].numel() for name in rows)
-    high = sum((KINDS[roles[name]].itemsize - 1) * p.numel() + 2 * rows[name] if name in rows else 4 * p.numel()
-               for name, p in tensors.items())
-    lowest, rest = io.BytesIO(decompress(packed[:cut], codec, low)), io.BytesIO(decompress(packed[cut:], codec, high))
+    low = {name: p.numel() if name in rows else 0 for name, p in tensors.items()}
+    high = {name: KINDS[roles[name]].itemsize * p.numel() - low[name] for name, p in tensors.items()}
+    lowest = io.BytesIO(decompress(packed[:cut], codec, sum(low.values())))
+    rest = io.BytesIO(decompress(packed[cut:], codec, sum(high.values()) + 2 * sum(rows.values())))
     state = {}
     for name, p in tensors.items():
-        kind, n = KINDS[roles[name]], p.numel()
-        first = [lowest.read(n)] if name in rows else []
-        flat = from_planes([*first, *(rest.read(n) for _ in range(kind.itemsize - len(first)))], kind)
+        flat = from_planes([lowest.read(low[name]), rest.read(high[name])], KINDS[roles[name]])
         if name in rows:
-            flat.view(rows[name], -1).mul_(from_planes([rest.read(rows[name]), rest.read(rows[name])], torch.bfloat16)[:, None])
-        if not flat.isfinite().all():
-            raise ValueError(f"{name} holds a value that is no number")
+            flat.view(rows[name], -1).mul_(from_planes([rest.read(2 * rows[name])], torch.bfloat16)[:, None])
+        expect(flat.isfinite().all(), f"{name} holds a value that is no number")
         state[name] = flat.view(p.shape)
     return state
 
-def encode(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, step: float,
-           hessians: Mapping[str, Tensor] = {}) -> bytes:
+def encode(state: Tensors, roles: Roles, settings: Hyperparameters, step: float, hessians: Tensors | None = None) -> bytes:
     """The artifact's bytes, a pure function of the arguments: weights, and the settings of the model and its evaluation."""
     lowest, rest = write_payloads(state, roles, step, settings.compress_algo, hessians)
-    stored = {name: getattr(settings, name) for name, scope in SCOPES.items() if scope != "run"}
-    header = json.dumps(dict(codec=settings.compress_algo, settings=stored, tensors=layout(state, roles), cut=len(lowest)),
-                        separators=(",", ":")).encode()
-    body = struct.pack("<I", len(header)) + header + lowest + rest
+    facts = dict(codec=settings.compress_algo, settings={name: getattr(settings, name) for name in STORED},
+                 tensors=layout(state, roles), cut=len(lowest))
+    header = json.dumps(facts, separators=(",", ":")).encode()
+    body = len(header).to_bytes(4, "little") + header + lowest + rest
     return MAGIC + hashlib.sha256(body).digest() + body
 
 def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
     """See unpack; raises anything. Nothing is inflated before all lengths agree with the file and the model of the settings."""
-    body = memoryview(blob)[len(MAGIC) + 32:]
-    if blob[:len(MAGIC)] != MAGIC:
-        raise ValueError("wrong magic or another version")
-    if hashlib.sha256(body).digest() != blob[len(MAGIC):len(MAGIC) + 32]:
-        raise ValueError("checksum mismatch")
-    end = 4 + struct.unpack("<I", body[:4])[0]
-    if end > min(len(body), LONGEST_HEADER):
-        raise ValueError("its header claims more bytes than it can have")
+    magic, digest, body = blob[:8], blob[8:40], memoryview(blob)[40:]
+    expect(magic == MAGIC, "wrong magic or another version")
+    expect(hashlib.sha256(body).digest() == digest, "checksum mismatch")
+    end = 4 + int.from_bytes(body[:4], "little")
+    expect(end <= min(len(body), LONGEST_HEADER), "its header claims more bytes than it can have")
     header = json.loads(bytes(body[4:end]))
-    if header["settings"].keys() != {name for name, scope in SCOPES.items() if scope != "run"}:
-        raise ValueError("its settings are not those of this program")
-    stored = {name: parse(name.upper(), str(int(value) if isinstance(value, bool) else value))
-              for name, value in header["settings"].items()}
+    expect(header["settings"].keys() == {*STORED}, "its settings are not those of this program")
+    stored = {n: parse(n.upper(), str(int(value) if isinstance(value, bool) else value)) for n, value in header["settings"].items()}
     settings = Hyperparameters(**stored)
     check(settings, {})
     model = on_meta(settings)
-    tensors, roles = dict(model.named_parameters()), parameter_roles(model)
-    if header["tensors"] != layout(tensors, roles) or not 0 <= operator.index(header["cut"]) <= len(body) - end:
-        raise ValueError("its tensors are not those of its settings")
-    return stored, read_payloads(body[end:], header["cut"], parse("COMPRESS_ALGO", header["codec"]), tensors, roles)
+    tensors, roles, cut = dict(model.named_parameters()), parameter_roles(model), header["cut"]
+    expect(header["tensors"] == layout(tensors, roles) and type(cut) is int and 0 <= cut <= len(body) - end,
+           "its tensors are not those of its settings")
+    expect(sum(p.numel() for p in tensors.values()) <= 64 * len(blob), "it claims more weights than it can hold")
+    return stored, read_payloads(body[end:], cut, parse("COMPRESS_ALGO", header["codec"]), tensors, roles)
 
 def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The counterpart of encode: settings, and weights in float32; UserError for anything else. Executes nothing."""
@@ -1379,17 +1287,16 @@ def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
     except Exception as error:  # whatever a hostile file can provoke in json, struct, zlib or zstandard
         raise UserError(f"is no artifact of this program, or a damaged one ({ascii(str(error))[:300]})") from None
 
-def read_artifact(variable: str, path: Path, limit: float, world: World) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """`unpack` of a file on rank 0's disk; UserError, naming the variable that asked for it, also where it is missing or
-    larger than `limit` bytes."""
+def read_artifact(variable: str, name: str, limit: float, world: World) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """`unpack` of a file on rank 0's disk; UserError, naming the variable, also where it is missing or above `limit` bytes."""
+    path = Path(name)
     try:
         if world.rank == 0 and path.stat().st_size > limit:
             raise UserError(f"has {path.stat().st_size} bytes, more than SIZE_LIMIT_BYTES={limit}; raise that if it is meant")
         return unpack(world.agree(path.read_bytes() if world.rank == 0 else b""))
-    except OSError as error:
-        raise UserError(f"{variable}={path}: must name an artifact to read ({error.strerror})") from None
-    except UserError as error:
-        raise UserError(f"{variable}={path}: {error}") from None
+    except (OSError, UserError) as error:
+        fault = f"must name an artifact to read ({error.strerror})" if isinstance(error, OSError) else error
+        raise UserError(f"{variable}={name}: {fault}") from None
 
 def fit(size: Callable[[float], float], limit: float) -> float:
     """The finest quantization step with size(step) <= limit, to 0.1%; 0 if plain rounding fits; 64 or more if nothing does."""
@@ -1399,38 +1306,32 @@ def fit(size: Callable[[float], float], limit: float) -> float:
     while size(high) > limit and high < 64:
         low, high = high, 2 * high
     for _ in range(16):
-        middle = (low * high) ** 0.5
-        found = size(middle)
+        found = size(middle := (low * high) ** 0.5)
         low, high = (low, middle) if found <= limit else (middle, high)
         if 0.999 * limit <= found <= limit:
             break
     return high
 
-def pack(state: Mapping[str, Tensor], roles: Mapping[str, str], settings: Hyperparameters, limit: int,
-         hessians: Mapping[str, Tensor] = {}) -> tuple[bytes, float]:
+def pack(state: Tensors, roles: Roles, settings: Hyperparameters, limit: int, hessians: Tensors | None = None) -> tuple[bytes, float]:
     """The finest artifact within `limit` bytes, and its step. Deterministic: the same weights give the same bytes."""
     state = {name: weight.detach().float().cpu() for name, weight in state.items()}
     step = fit(lambda step: len(encode(state, roles, settings, step)), limit)
-    blob = encode(state, roles, settings, step, hessians)
-    while hessians and len(blob) > limit and step < 64:  # gptq's integers are a little wider spread
-        step = max(step, 0.01) * (1.001 * len(blob) / limit) ** 1.5
-        blob = encode(state, roles, settings, step, hessians)
+    while len(blob := encode(state, roles, settings, step, hessians)) > limit and hessians and step < 64:
+        step = max(step, 0.01) * (1.001 * len(blob) / limit) ** 1.5  # gptq's integers are a little wider spread
     return blob, step
 
-def describe_packing(state: Mapping[str, Tensor], packed: Mapping[str, Tensor], roles: Mapping[str, str], step: float,
-                     ) -> Iterator[str]:
+def describe_packing(state: Tensors, packed: Tensors, roles: Roles, step: float) -> Iterator[str]:
     """A log line for each role of matrices: parameters, step, bytes a parameter by codec, relative squared error."""
     codecs = ("zlib", "zstd") if importlib.util.find_spec("zstandard") else ("zlib",)
-    for role in FINER:
+    for role in (role for role in FINER if role in roles.values()):
         part = {name: weight.float().cpu() for name, weight in state.items() if roles[name] == role}
-        if part:
-            count, energy = (sum(f(weight) for weight in part.values()) for f in (torch.numel, lambda w: w.square().sum().item()))
-            error = sum((packed[name] - weight).square().sum().item() for name, weight in part.items())
-            sizes = " ".join(f"{codec} {sum(map(len, write_payloads(part, roles, step, codec))) / count:.4f}" for codec in codecs)
-            yield (f"quantized {role}: {count} parameters, step {step / FINER[role]:.4g} of a row's RMS, bytes a parameter:"
-                   f" {sizes}, relative squared error {error / max(energy, 1e-30):.3g}")
+        exact, rounded = (torch.cat([tensors[name].flatten() for name in part]) for tensors in (part, packed))
+        error = (rounded - exact).square().sum() / exact.square().sum().clamp_min(1e-30)
+        sizes = " ".join(f"{codec} {sum(map(len, write_payloads(part, roles, step, codec))) / len(exact):.4f}" for codec in codecs)
+        yield (f"quantized {role}: {len(exact)} parameters, step {step / FINER[role]:.4g} of a row's RMS, bytes a parameter:"
+               f" {sizes}, relative squared error {error:.3g}")
 
-def build_model(settings: Hyperparameters, world: World, state: Mapping[str, Tensor] | None = None) -> GPT:
+def build_model(settings: Hyperparameters, world: World, state: Tensors | None = None) -> GPT:
     """The model on the world's device, with given weights, or with the seed's."""
     torch.manual_seed(settings.seed)
     model = GPT(settings, compute_dtype(settings, world)).to(world.device)
@@ -1438,28 +1339,24 @@ def build_model(settings: Hyperparameters, world: World, state: Mapping[str, Ten
         model.load_state_dict(state)
     return model
 
-def adopt(model: GPT, stored: Mapping[str, object], weights: Mapping[str, Tensor], settings: Hyperparameters) -> str:
+def adopt(model: GPT, stored: Mapping[str, object], weights: Tensors, settings: Hyperparameters) -> str:
     """Start a model from an artifact's trunk, and from its head where that is of the same type and size; says which."""
-    own = {name: p.shape for name, p in model.named_parameters() if name.startswith("head.")}
-    same = all(stored[name] == getattr(settings, name) for name in ("head_type", "head_variant")) and own == {
-        name: weight.shape for name, weight in weights.items() if name.startswith("head.")}
-    model.load_state_dict({name: weight for name, weight in weights.items() if not name.startswith("head.")}, strict=False)
-    model.head.copy_embedding(model.tok_emb.weight)
-    if same:
-        model.load_state_dict(weights)
+    shapes, own = ({name: tensor.shape for name, tensor in tensors} for tensors in (weights.items(), model.named_parameters()))
+    same = shapes == own and all(stored[name] == getattr(settings, name) for name in ("head_type", "head_variant"))
+    same = same and settings.head_untie_frac == 0  # a head that still follows the embedding starts from it
+    model.load_state_dict({name: w for name, w in weights.items() if same or not name.startswith("head.")}, strict=same)
+    if not same:
+        model.head.copy_embedding(model.tok_emb.weight)
     return "trunk and head" if same else "trunk"
 
 def compute_dtype(settings: Hyperparameters, world: World) -> torch.dtype:
     """bf16 where the chip multiplies it fast (CUDA, AMX, AVX512-BF16), else float32, unless COMPUTE_DTYPE says so."""
-    fast = world.device.type == "cuda" or any(getattr(torch.cpu, f"_is_{name}_supported", bool)()
-                                              for name in ("amx_tile", "avx512_bf16"))
-    return dict(auto=torch.bfloat16 if fast else torch.float32, bf16=torch.bfloat16, fp32=torch.float32)[settings.compute_dtype]
+    chip = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
+    auto = torch.bfloat16 if chip or world.device.type == "cuda" else torch.float32
+    return dict(auto=auto, bf16=torch.bfloat16, fp32=torch.float32)[settings.compute_dtype]
 
 # ---- Log and files: everything of a run lies in runs/<RUN_ID>/ ------------------------------------------------------
-@functools.cache
-def source() -> bytes:
-    """This script's own bytes: they count against the size limit."""
-    return Path(__file__).read_bytes()
+source = functools.cache(Path(__file__).read_bytes)  # this script's own bytes: they count against the size limit
 
 def hardware(world: World) -> str:
     """The machine in words."""
@@ -1483,9 +1380,6 @@ class RunLog:
         if self.folder is not None:
             with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as out:
                 out.write(line + "\n")
-    def record(self, **metrics: object) -> None:
-        """One JSON object in metrics.jsonl."""
-        self.append("metrics.jsonl", json.dumps(metrics))
     def write(self, line: str, console: bool = True, **metrics: object) -> None:
         """One log line; `metrics`, where given, become one JSON object."""
         if console and self.folder is not None:
@@ -1493,104 +1387,89 @@ class RunLog:
                 print(line, flush=True)
         self.append("train.log", line)
         if metrics:
-            self.record(**metrics)
+            self.append("metrics.jsonl", json.dumps(metrics))
     def sizes(self) -> dict[str, int]:
-        """Bytes of both files, as a checkpoint remembers them."""
-        paths = [] if self.folder is None else [self.folder / "train.log", self.folder / "metrics.jsonl"]
-        return {path.name: path.stat().st_size for path in paths if path.exists()}
+        """Bytes of both files, where they exist, as a checkpoint remembers them."""
+        return {name: path.stat().st_size for name in ("train.log", "metrics.jsonl") for path in self.folder.glob(name)}
     def rewind(self, sizes: Mapping[str, int]) -> None:
         """Forget what was written after the checkpoint; with no sizes, everything."""
-        for name, size in self.sizes().items():
+        for name, size in self.sizes().items() if self.folder else ():
             os.truncate(self.folder / name, min(sizes.get(name, 0), size))
     def opening(self, settings: Hyperparameters, world: World, data: str, facts: Mapping[str, str]) -> None:
         """Versions, hashes, machine, data and every resolved setting: all that is needed to run it again."""
         self.write(f"python {platform.python_version()} numpy {np.__version__} sentencepiece {sentencepiece.__version__} "
-                   + " ".join(f"{name}:{value}" for name, value in facts.items()))
-        self.write(f"hardware: {hardware(world)}; compute dtype {compute_dtype(settings, world)}")
-        for name in FIELDS:
-            self.write(f"{name}={setting_text(settings, name.lower())}", console=False)
+                   + " ".join(f"{name}:{value}" for name, value in facts.items())
+                   + f"\nhardware: {hardware(world)}; compute dtype {compute_dtype(settings, world)}")
+        self.write("\n".join(f"{name}={text}" for name, text in variables(settings).items()), console=False)
         self.write(data)
         if world.device.type == "cpu" and settings.use_fa3:
             self.write("no CUDA: USE_FA3, FLASH_ATTN_* and SKIP_COMPILE=0 are accepted and unused")
 
-def setting_text(settings: Hyperparameters, name: str) -> str:
-    """A setting's value as its environment variable would hold it."""
-    value = getattr(settings, name)
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
 def command(settings: Hyperparameters, world: World) -> str:
     """The shell command that starts this run again."""
-    default = Hyperparameters(**PRESETS[settings.preset])
-    changed = [n for n in map(str.lower, FIELDS) if n != "preset" and getattr(settings, n) != getattr(default, n)]
-    variables = " ".join(f"{name.upper()}={shlex.quote(setting_text(settings, name))}" for name in ("preset", *changed))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    nodes = "--standalone" if local == world.size else f"--nnodes={world.size // local} [your rendezvous options]"
-    program = "python" if world.size == 1 else f"torchrun {nodes} --nproc_per_node={local}"
-    return f"{variables} {program} {shlex.quote(sys.argv[0])}"
+    default = variables(Hyperparameters(**PRESETS[settings.preset])) | {"PRESET": ""}  # so that it is always said
+    changed = " ".join(f"{name}={shlex.quote(text)}" for name, text in variables(settings).items() if text != default[name])
+    nodes = world.size // world.local_size
+    meeting = "--standalone" if nodes == 1 else f"--nnodes={nodes} [your rendezvous options]"
+    program = "python" if world.size == 1 else f"torchrun {meeting} --nproc_per_node={world.local_size}"
+    return f"{changed} {program} {shlex.quote(sys.argv[0])}"
 
-@contextlib.contextmanager
-def claimed_run(settings: Hyperparameters, facts: Mapping[str, str], needed: int) -> Iterator[tuple[dict | None, dict | None]]:
-    """Inside, the run's folder is ours: the result of a finished run of this name, or the checkpoint of an interrupted one.
-    Raises UserError where the name belongs to a run in progress or with other settings, where its checkpoint is of another
-    source or other data (`facts`), or where the disk has not the `needed` bytes."""
+def claim_run(settings: Hyperparameters, facts: Mapping[str, str]) -> tuple[dict | None, dict | None]:
+    """Make the run's folder ours until this process ends; the result of a finished run of this name, or the checkpoint of an
+    interrupted one. UserError where that is damaged, in progress, or of other settings or `facts`, or where the disk is full."""
     import fcntl
-    folder = Path("runs") / settings.run_id
+    name, folder = f"RUN_ID={settings.run_id}", Path("runs") / settings.run_id
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"RUN_ID={settings.run_id}: that run is in progress; wait for it or choose another name") from None
-        for stale in folder.glob(".*.part"):  # of a run that was killed while it wrote
-            stale.unlink()
-        result, state = None, None
-        try:
-            if (folder / "submission.json").exists():
-                result = json.loads((folder / "submission.json").read_text())
-                result["settings"].items(), result["val_bpb"] + result["bytes_total"]
-            elif (folder / "checkpoint.pt").exists():
-                state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-                state["settings"].items(), state["sizes"].items(), state["facts"]
-        except Exception as error:  # whatever a damaged file can provoke
-            raise UserError(f"{folder}: holds a damaged submission.json or checkpoint.pt ({type(error).__name__});"
-                            " delete it or choose another RUN_ID") from None
-        if not result and not state and shutil.disk_usage(folder).free < needed:
-            raise UserError(f"{folder}: has less than {needed} bytes free; free the disk or use another folder")
-        for name, value in (result or state or {}).get("settings", {}).items():
-            if getattr(settings, name, value) != value:
-                raise UserError(f"{name.upper()}={setting_text(settings, name)}: RUN_ID={settings.run_id} is a run with"
-                                f" {name.upper()}={value}; choose another RUN_ID")
-        if state and state["facts"] != facts:
-            raise UserError(f"RUN_ID={settings.run_id}: its checkpoint is of another source, data or torch; choose another RUN_ID")
-        yield result, state
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)  # closed by the end of the process, however it comes
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{name}: that run is in progress; wait for it or choose another name") from None
+    for stale in folder.glob(".*.part"):  # of a run that was killed while it wrote
+        stale.unlink()
+    result, state, theirs, same = None, None, {}, True
+    try:
+        if (folder / "submission.json").exists():
+            result = json.loads((folder / "submission.json").read_text())
+            theirs, _ = result["settings"], result["val_bpb"] + result["bytes_total"]
+        elif (folder / "checkpoint.pt").exists():
+            state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            theirs, same = state["settings"], state["facts"] == facts
+        other = {field.upper(): value for field, value in theirs.items() if getattr(settings, field, value) != value}
+    except Exception as error:  # whatever a damaged file can provoke
+        raise UserError(f"{folder}: holds a damaged submission.json or checkpoint.pt ({type(error).__name__});"
+                        " delete it or choose another RUN_ID") from None
+    for field, value in other.items():
+        raise UserError(f"{field}={variables(settings)[field]}: {name} is a run with {field}={value}; choose another RUN_ID")
+    if not same:
+        raise UserError(f"{name}: its checkpoint is of another source, data or torch; choose another RUN_ID")
+    needed = 2 * settings.size_limit_bytes + 40 * sum(p.numel() for p in on_meta(settings).parameters())
+    if not theirs and shutil.disk_usage(folder).free < needed:
+        raise UserError(f"{folder}: has less than {needed} bytes free; free the disk or use another folder")
+    return result, state
 
 # ---- Train: the loop, and the bench that times its step -------------------------------------------------------------
 class Clock:
     """Seconds between `start` and `stop`, added up; the device is waited for at both."""
     def __init__(self, world: World, seconds: float = 0.0) -> None:
         self.world, self.banked, self.started = world, seconds, None
-
+    def seconds(self) -> float:
+        return self.banked + (0.0 if self.started is None else time.perf_counter() - self.started)
     def start(self) -> Clock:
         self.world.synchronize()
         self.started = time.perf_counter()
         return self
-
     def stop(self) -> float:
         self.world.synchronize()
         self.banked, self.started = self.seconds(), None
         return self.banked
 
-    def seconds(self) -> float:
-        return self.banked + (0.0 if self.started is None else time.perf_counter() - self.started)
-
 class Trainer:
     """A model, its optimizers, average, step count and clock: all that changes in training and a checkpoint holds."""
     def __init__(self, model: GPT, settings: Hyperparameters, world: World, facts: Mapping[str, str] = {}) -> None:
         self.model, self.settings, self.world, self.facts = model, settings, world, facts  # facts: hashes of source and data
-        self.roles = parameter_roles(model)
-        self.parameters = list(model.parameters())
+        self.roles, self.parameters = parameter_roles(model), list(model.parameters())
         self.loss = maybe_compile(model, settings, world)
         self.optimizers = build_optimizers(model, settings, world)
         self.average = [p.detach().clone() for p in self.parameters] if settings.use_ema else []
@@ -1651,21 +1530,20 @@ class Trainer:
             self.restore(state)
             log.write(f"resumed at step {self.steps}")
         self.world.wait_at_most(self.patience)
-        fresh, initial = Trainer(self.model, self.settings, self.world), [p.detach().clone() for p in self.parameters]
+        before = copy.deepcopy(self.state())
         try:
             for index in range(self.settings.warmup_steps):
-                fresh.step(train_batch(shards, index, self.settings, self.world), 1.0)
+                self.step(train_batch(shards, index, self.settings, self.world), 1.0)
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, initial)
+            self.restore(before)
         if self.settings.quant == "gptq" and self.settings.max_wallclock_seconds:
             self.reserve(shards, log)
 
     def reserve(self, shards: Shards, log: RunLog) -> None:
         """Keep free of the time cap what gptq's calibration takes, measured; UserError where that is more than half."""
-        cap, clock = self.settings.max_wallclock_seconds, Clock(self.world)
-        self.hessians(shards)
-        clock.start()
+        cap = self.settings.max_wallclock_seconds
+        self.hessians(shards)  # the first time is slower
+        clock = Clock(self.world).start()
         self.hessians(shards)
         seconds = self.world.agree(1.2 * clock.stop())
         if seconds > cap / 2:
@@ -1679,13 +1557,12 @@ class Trainer:
                     validated=self.validated, average=self.average, parameters=[p.detach() for p in self.parameters],
                     optimizers=[o.state_dict() for o in self.optimizers])
 
+    @torch.no_grad()
     def restore(self, state: Mapping[str, object]) -> None:
         """Go on from a checkpoint's state."""
-        self.steps, self.grid, self.validated = state["steps"], state["grid"], state["validated"]
+        self.steps, self.grid, self.validated, self.whole = state["steps"], state["grid"], state["validated"], True
         self.clock = Clock(self.world, state["seconds"])
-        with torch.no_grad():
-            for tensor, saved in zip((*self.parameters, *self.average), (*state["parameters"], *state["average"])):
-                tensor.copy_(saved)
+        torch._foreach_copy_([*self.parameters, *self.average], [*state["parameters"], *state["average"]])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
 
@@ -1719,9 +1596,7 @@ def validate(trainer: Trainer, validation: Validation, seconds: float, log: RunL
 
 def later(value: Tensor) -> Callable[[], float]:
     """Starts to copy a scalar to the host; the call waits for that copy, not for the work queued behind it."""
-    host, event = value.to("cpu", non_blocking=True), torch.cuda.Event() if value.is_cuda else None
-    if event is not None:
-        event.record()
+    host, event = value.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event() if value.is_cuda else None
     return lambda: (event is None or event.synchronize(), host.item())[1]
 
 def train(trainer: Trainer, shards: Shards, validation: Validation, log: RunLog) -> dict[str, Tensor]:
@@ -1729,27 +1604,27 @@ def train(trainer: Trainer, shards: Shards, validation: Validation, log: RunLog)
     s, world, clock = trainer.schedule, trainer.world, trainer.clock.start()
     loss, value, saved = None, math.inf, clock.seconds()
     while True:
-        seconds = world.agree(clock.seconds())
-        done = finished(trainer.steps, seconds, s)
-        if (done or s.val_loss_every and trainer.steps % s.val_loss_every == 0) and trainer.validated != trainer.steps:
+        step, seconds = trainer.steps, world.agree(clock.seconds())
+        done = finished(step, seconds, s)
+        if (done or s.val_loss_every and step % s.val_loss_every == 0) and trainer.validated != step:
             validate(trainer, validation, clock.stop(), log)
             clock.start()
         if done:
             break
-        if s.checkpoint_seconds and seconds - saved >= s.checkpoint_seconds:
+        if 0 < s.checkpoint_seconds <= seconds - saved:
             saved = clock.stop()
             save_checkpoint(trainer, log)
             clock.start()
-        scale = learning_rate_scale(trainer.steps, seconds, s)
+        scale = learning_rate_scale(step, seconds, s)
         if s.late_qat and trainer.grid is None and scale < s.qat_threshold:
             trainer.grid = late_grid(trainer, log)
-        tied = progress(trainer.steps, seconds, s) < s.head_untie_frac
-        before, loss = loss, later(trainer.step(train_batch(shards, trainer.steps, s, world), scale, tied))
+        tied = progress(step, seconds, s) < s.head_untie_frac
+        before, loss = loss, later(trainer.step(train_batch(shards, step, s, world), scale, tied))
         world.wait_at_most(PROMPT)
         if before is not None:  # waits for the step before: the host runs one step ahead, no more
-            last, value = value, check_finite(before(), trainer.steps - 1, log)
+            last, value = value, check_finite(before(), step, log)
             if value > last + 1:
-                log.write(f"loss_spike: step:{trainer.steps - 1} train_loss:{last:.4f} -> {value:.4f}")
+                log.write(f"loss_spike: step:{step} train_loss:{last:.4f} -> {value:.4f}")
         if s.train_log_every and (trainer.steps <= 10 or trainer.steps % s.train_log_every == 0):
             log_step(log, trainer.steps, check_finite(loss(), trainer.steps, log), clock.seconds(), scale, s)
     hessians = trainer.hessians(shards) if s.quant == "gptq" else {}
@@ -1772,42 +1647,41 @@ def late_grid(trainer: Trainer, log: RunLog) -> float:
 
 def log_step(log: RunLog, step: int, loss: float, seconds: float, scale: float, s: Hyperparameters) -> None:
     """The progress line of one step."""
-    speed, left = step * s.train_batch_tokens / seconds, (s.iterations - step) * seconds / step
-    left = max(0.0, min(left, s.max_wallclock_seconds - seconds) if s.max_wallclock_seconds else left)
+    speed = step * s.train_batch_tokens / seconds
+    left = min((s.iterations - step) * seconds / step, (s.max_wallclock_seconds or math.inf) - seconds)
     log.write(f"step:{step}/{s.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms"
-              f" step_avg:{1000 * seconds / step:.2f}ms lr_scale:{scale:.3f} tokens/s:{speed:.0f} eta:{left:.0f}s",
+              f" step_avg:{1000 * seconds / step:.2f}ms lr_scale:{scale:.3f} tokens/s:{speed:.0f} eta:{max(left, 0.0):.0f}s",
               kind="train", step=step, train_loss=loss, train_seconds=seconds, lr_scale=scale, tokens_per_second=speed)
 
 def flops_per_token(model: GPT, s: Hyperparameters) -> float:
     """Forward and backward: 6 a weight of the blocks' matrices and of the head, 6 L D T for causal attention."""
-    roles = parameter_roles(model)
-    weights = sum(p.numel() for n, p in model.named_parameters() if re.match("blocks|head", n) and roles[n] != "scalar")
-    weights += model.head.products_with_E * s.vocab_size * s.model_dim
+    matrices = [name for name, role in parameter_roles(model).items() if re.match("blocks|head", name) and role != "scalar"]
+    weights = sum(model.get_parameter(name).numel() for name in matrices) + model.head.products_with_E * s.vocab_size * s.model_dim
     return 6 * weights + 6 * s.num_layers * s.model_dim * s.train_seq_len
 
 def bench(s: Hyperparameters, world: World) -> int:
     """MODE=bench: time training steps of the tied head and of the chosen one, in turn, on random tokens; print medians."""
     tied = dataclasses.replace(s, head_type="tied", head_variant="", head_trainable=True, train_only="all", head_untie_frac=0.0)
     trainers = [Trainer(build_model(choice, world), choice, world) for choice in ([tied] if s.head_type == "tied" else [tied, s])]
-    T, n, B = s.train_seq_len, s.train_batch_tokens, micro_batch_sequences(s, world)
+    T, n = s.train_seq_len, s.train_batch_tokens
     tokens = torch.randint(s.vocab_size, (n // T // world.size, T + 1), device=world.device)
-    batches = [(part[:, :-1], part[:, 1:]) for part in tokens.split(B)]
+    batches = [(part[:, :-1], part[:, 1:]) for part in tokens.split(micro_batch_sequences(s, world))]
     times: list[list[float]] = [[] for _ in trainers]
-    for turn in range(13):
-        for trainer, seconds in zip(trainers, times):
-            clock = Clock(world).start()
-            trainer.step(batches, 1.0)
-            seconds += [clock.stop()] if turn >= 3 else []
-    known = world.device.type == "cuda" and re.search("H[12]00", torch.cuda.get_device_name())
-    medians = [float(np.median(seconds)) for seconds in times]
-    for trainer, seconds in zip(trainers if world.rank == 0 else (), medians):
+    for trainer, seconds in 13 * list(zip(trainers, times)):
+        clock = Clock(world).start()
+        trainer.step(batches, 1.0)
+        seconds.append(clock.stop())
+    medians = [float(np.median(seconds[3:])) for seconds in times]
+    if world.rank > 0:
+        return 0
+    for trainer, seconds in zip(trainers, medians):
         flops = flops_per_token(trainer.model, trainer.settings)
         rate = flops * n / seconds / world.size
+        share = f"{rate / 989e12:.1%}" if re.search("H[12]00", hardware(world)) else "unknown peak"
         print(f"bench head:{trainer.settings.head_type} {1000 * seconds:.1f} ms/step (median of 10; {n} tokens, sequence {T})"
-              f" tokens/s:{n / seconds:.0f} FLOP/token:{flops / 1e6:.1f}M TFLOP/s/rank:{rate / 1e12:.3f}"
-              f" MFU:{f'{rate / 989e12:.1%}' if known else 'unknown peak'} time to tied:{seconds / medians[0]:.3f}")
-    if world.rank == 0:
-        print(f"{hardware(world)}, {compute_dtype(s, world)}, torch {torch.__version__}; {peak_memory(world)}")
+              f" tokens/s:{n / seconds:.0f} FLOP/token:{flops / 1e6:.1f}M TFLOP/s/rank:{rate / 1e12:.3f} MFU:{share}"
+              f" time to tied:{seconds / medians[0]:.3f}")
+    print(f"{hardware(world)}, {compute_dtype(s, world)}, torch {torch.__version__}; {peak_memory(world)}")
     return 0
 
 # ---- Table: compare finished runs -----------------------------------------------------------------------------------
@@ -1831,10 +1705,10 @@ def read_results(pattern: str) -> tuple[list[dict], list[str]]:
             key = {name: value for name, value in result["settings"].items() if name not in NOT_COMPARED}
             results.append(dict(result, folder=folder, key=key, ms=1000 * result["wallclock_seconds"] / max(result["step_stop"], 1),
                                 seed=result["seed"], head=result["head"], val_bpb=float(result["val_bpb"]),
-                                spare=key["size_limit_bytes"] - result["bytes_total"]))
+                                over=result["bytes_total"] > key["size_limit_bytes"]))
         except FileNotFoundError:
             remarks.append(f"{folder}: not finished")
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except Exception as error:  # whatever a damaged file can provoke
             remarks.append(f"{folder}: its submission.json cannot be read ({type(error).__name__}: {error})")
     for name in ("source_sha256", "data_sha256", "hardware", "pytorch_version"):
         values = sorted({str(result.get(name)) for result in results})
@@ -1845,9 +1719,9 @@ def against_tied(runs: list[dict], groups: list[list[dict]]) -> str:
     """The difference of the mean bpb to that of the tied runs whose settings are the most alike, with Welch's t and p."""
     tied = [group for group in groups if group[0]["head"] == "tied"]
     alike = max(tied, default=runs, key=lambda group: sum(group[0]["key"].get(n) == value for n, value in runs[0]["key"].items()))
-    ours, theirs = ([run["val_bpb"] for run in group] for group in (runs, alike))
     if alike is runs:
         return "-"
+    ours, theirs = ([run["val_bpb"] for run in group] for group in (runs, alike))
     tested = min(len(ours), len(theirs)) > 1 and len({*ours}) + len({*theirs}) > 2
     return f"{np.mean(ours) - np.mean(theirs):+.5f}" + (" (t {:.2f}, p {:.2g})".format(*welch(ours, theirs)) if tested else "")
 
@@ -1856,21 +1730,18 @@ def run_table(settings: Hyperparameters, world: World) -> int:
     results, remarks = read_results(settings.runs)
     if not results:
         raise UserError(f"RUNS={settings.runs}: matches no finished run")
-    groups: dict[str, list[dict]] = {}
-    for result in results:
-        groups.setdefault(json.dumps(result["key"], sort_keys=True), []).append(result)
-    keys = [runs[0]["key"] for runs in groups.values()]
-    differing = [n for n in dict.fromkeys(n for key in keys for n in key) if len({json.dumps(key.get(n)) for key in keys}) > 1]
+    keys = [result["key"] for result in results]
+    groups = [[result for result in results if result["key"] == key] for i, key in enumerate(keys) if key not in keys[:i]]
+    differing = [n for n in dict.fromkeys(n for key in keys for n in key) if any(key.get(n) != keys[0].get(n) for key in keys)]
     lines = ["| head | settings that differ | seeds | val_bpb mean +- std | against tied (Welch) | bytes | ms/step | steps |",
              "|---" * 8 + "|"]
-    for runs in groups.values():
-        bpb, (ms, steps) = [run["val_bpb"] for run in runs], (np.mean([run[n] for run in runs]) for n in ("ms", "step_stop"))
+    for runs in groups:
+        bpb, size, ms, steps = ([run[name] for run in runs] for name in ("val_bpb", "bytes_total", "ms", "step_stop"))
         differs = " ".join(f"{n.upper()}={runs[0]['key'].get(n)}" for n in differing if n != "head_type")
+        seeds, over = " ".join(str(run["seed"]) for run in runs), " OVER" if any(run["over"] for run in runs) else ""
         spread = f" +- {np.std(bpb, ddof=1):.5f}" if len(runs) > 1 else ""
-        over = " OVER" if min(run["spare"] for run in runs) < 0 else ""
-        seeds, size = " ".join(str(run["seed"]) for run in runs), max(run["bytes_total"] for run in runs)
         lines.append(f"| {runs[0]['head']} | {differs} | {seeds} | {np.mean(bpb):.5f}{spread}"
-                     f" | {against_tied(runs, [*groups.values()])} | {size}{over} | {ms:.1f} | {steps:.0f} |")
+                     f" | {against_tied(runs, groups)} | {max(size)}{over} | {np.mean(ms):.1f} | {np.mean(steps):.0f} |")
     if world.rank == 0:
         print("\n".join([*lines, "", *remarks, draw_curves(results)]))
     return 0
@@ -1917,27 +1788,25 @@ def final_lines(codec: str, loss: float, bpb: float, seconds: float) -> str:
 
 def run_eval(settings: Hyperparameters, world: World) -> int:
     """MODE=eval: score an artifact; the architecture and, unless given, the evaluation's settings are its own."""
-    path = Path(settings.artifact)
-    stored, weights = read_artifact("ARTIFACT", path, settings.size_limit_bytes, world)
+    stored, weights = read_artifact("ARTIFACT", settings.artifact, settings.size_limit_bytes, world)
     settings = prepare_demo(from_artifact(stored), world)
     validation = load_validation(settings, world)
     model, *figures = score(weights, validation, settings, world)
-    lines = [final_lines(settings.compress_algo, *figures)]
+    say = print if world.rank == 0 else lambda line: None
+    say(final_lines(settings.compress_algo, *figures))
     if settings.eval_spectrum:
         found = spectrum(model, validation[0], settings, world)
-        lines.append("spectrum " + " ".join(f"{name}:{value:.6g}" for name, value in found.items()))
-        RunLog(path.parent if world.rank == 0 else None).record(kind="spectrum", split=settings.eval_split, **found)
-    if world.rank == 0:
-        print("\n".join(lines))
+        say("spectrum " + " ".join(f"{name}:{value:.6g}" for name, value in found.items()))
+        log = RunLog(Path(settings.artifact).parent if world.rank == 0 else None)
+        log.append("metrics.jsonl", json.dumps(dict(kind="spectrum", split=settings.eval_split, **found)))
     return 0
 
 def run_train(settings: Hyperparameters, world: World) -> int:
     """MODE=train: claim the folder, resume or start, train, finish. Exit code 0, 3 above the size limit, 128 + signal."""
     start = None
     if settings.init_from:
-        start = read_artifact("INIT_FROM", Path(settings.init_from), settings.size_limit_bytes, world)
-        settings = from_artifact({name: value for name, value in start[0].items()
-                                  if SCOPES[name] == "model" and not name.startswith("head_")})
+        start = read_artifact("INIT_FROM", settings.init_from, settings.size_limit_bytes, world)
+        settings = from_artifact({n: v for n, v in start[0].items() if SCOPES[n] == "model" and not n.startswith("head_")})
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}-{settings.head_type}-{settings.seed}"
     settings = dataclasses.replace(prepare_demo(settings, world), run_id=settings.run_id or world.agree(stamp))
     micro_batch_sequences(settings, world)
@@ -1946,66 +1815,61 @@ def run_train(settings: Hyperparameters, world: World) -> int:
     facts = dict(source_sha256=hashlib.sha256(source()).hexdigest(), data_sha256=data_hash(shards, validation[0]),
                  pytorch_version=str(torch.__version__))
     log = RunLog(Path("runs") / settings.run_id if world.rank == 0 else None)
-    needed = 2 * settings.size_limit_bytes + 40 * sum(p.numel() for p in on_meta(settings).parameters())
-    with claimed_run(settings, facts, needed) if world.rank == 0 else contextlib.nullcontext((None, None)) as found:
-        result, state = world.agree(found)
-        if result is None:
-            log.rewind((state or {}).get("sizes", {}))
-            if state is None:
-                log.opening(settings, world, f"data: {settings.data_path} train_tokens:{len(shards)} {settings.eval_split}_tokens:"
-                            f"{len(validation[0])} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}", facts)
-            model = build_model(settings, world)
-            if start and state is None:
-                log.write(f"init_from: {adopt(model, *start, settings)} of {settings.init_from}")
-            trainer = Trainer(model, settings, world, facts)
-            try:
-                trainer.begin(shards, state, log)
-                hessians = train(trainer, shards, validation, log)
-                result = finish(trainer, hessians, validation, log)
-            except Interrupted:
-                save_checkpoint(trainer, log)
-                log.write(f"interrupted at step {trainer.steps}; resume with: {command(settings, world)}")
-                raise
-        elif world.rank == 0:
-            print(f"runs/{settings.run_id} is finished: val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}")
+    result, state = world.agree(claim_run(settings, facts) if world.rank == 0 else None)
+    if result is None:
+        log.rewind(state["sizes"] if state else {})
+        if state is None:
+            log.opening(settings, world, f"data: {settings.data_path} train_tokens:{len(shards)} {settings.eval_split}_tokens:"
+                        f"{len(validation[0])} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}", facts)
+        model = build_model(settings, world)
+        if start and state is None:
+            log.write(f"init_from: {adopt(model, *start, settings)} of {settings.init_from}")
+        trainer = Trainer(model, settings, world, facts)
+        try:
+            trainer.begin(shards, state, log)
+            result = finish(trainer, train(trainer, shards, validation, log), validation, log)
+        except Interrupted:
+            save_checkpoint(trainer, log)
+            log.write(f"interrupted at step {trainer.steps}; resume with: {command(settings, world)}")
+            raise
+    elif world.rank == 0:
+        print(f"runs/{settings.run_id} is finished: val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}")
     return 3 if result["bytes_total"] > settings.size_limit_bytes else 0
 
-def export(trainer: Trainer, hessians: Mapping[str, Tensor], log: RunLog) -> dict[str, object]:
-    """Rank 0 writes the artifact and logs its quality and size; returns the sizes, measured from the files."""
-    s, weights, code, codec = trainer.settings, trainer.exported(), len(source()), trainer.settings.compress_algo
-    path = log.folder / "final_model.int8.ptz"
-    blob, step = pack(weights, trainer.roles, s, s.size_limit_bytes - code, hessians)
+def export(trainer: Trainer, hessians: Mapping[str, Tensor], path: Path, log: RunLog) -> dict[str, object]:
+    """Write the artifact, log its quality and size; returns the sizes, measured from the files."""
+    s, weights, roles, code = trainer.settings, trainer.exported(), trainer.roles, len(source())
+    blob, step = pack(weights, roles, s, s.size_limit_bytes - code, hessians)
     write_whole(path, blob)
-    packed = path.stat().st_size
-    for line in (*describe_packing(weights, unpack(blob)[1], trainer.roles, step), f"Code size: {code} bytes",
-                 f"Serialized model int8+{codec}: {packed} bytes", f"Total submission size int8+{codec}: {code + packed} bytes",
-                 f"size_limit: {s.size_limit_bytes} bytes headroom: {s.size_limit_bytes - code - packed} bytes"
-                 + ("; over the cap, so this run exits with code 3" if code + packed > s.size_limit_bytes else "")):
+    packed, codec = path.stat().st_size, s.compress_algo
+    total, over = code + packed, "; over the cap, so this run exits with code 3"
+    for line in (*describe_packing(weights, unpack(blob)[1], roles, step), f"Code size: {code} bytes",
+                 f"Serialized model int8+{codec}: {packed} bytes", f"Total submission size int8+{codec}: {total} bytes",
+                 f"size_limit: {s.size_limit_bytes} bytes headroom: {s.size_limit_bytes - total} bytes"
+                 + (over if total > s.size_limit_bytes else "")):
         log.write(line)
-    return dict(bytes_total=code + packed, bytes_code=code, bytes_model_int8_zlib=packed)
+    return dict(bytes_total=total, bytes_code=code, bytes_model_int8_zlib=packed)
 
 def finish(trainer: Trainer, hessians: Mapping[str, Tensor], validation: Validation, log: RunLog) -> dict[str, object]:
     """Score the final weights, export, reload from disk, score again, write submission.json."""
-    s, world = trainer.settings, trainer.world
+    s, world, path = trainer.settings, trainer.world, Path("runs") / trainer.settings.run_id / "final_model.int8.ptz"
     log.write(peak_memory(world))
     _, pre_loss, pre_bpb, _ = score(trainer.exported(), validation, s, world)
-    check_finite(pre_loss, trainer.steps, log)
-    log.write(f"pre_quant val_loss:{pre_loss:.8f} val_bpb:{pre_bpb:.8f}")
-    sizes = world.agree(export(trainer, hessians, log) if world.rank == 0 else None)
-    _, reloaded = read_artifact("ARTIFACT", Path("runs") / s.run_id / "final_model.int8.ptz", math.inf, world)
-    _, loss, bpb, eval_seconds = score(reloaded, validation, s, world)
+    log.write(f"pre_quant val_loss:{check_finite(pre_loss, trainer.steps, log):.8f} val_bpb:{pre_bpb:.8f}")
+    sizes = world.agree(export(trainer, hessians, path, log) if world.rank == 0 else None)
+    _, loss, bpb, eval_seconds = score(read_artifact("ARTIFACT", str(path), math.inf, world)[1], validation, s, world)
     log.write(final_lines(s.compress_algo, loss, bpb, eval_seconds))
     result = dict(
         author=s.author, github_id=s.github_id, name=f"{s.num_layers}L {s.head_type} head",
         blurb=f"{s.num_layers} layers x {s.model_dim}, {s.head_type} head, {s.eval_split} split of {s.data_path}",
         date=f"{datetime.date.today()}", track="non-record-16mb", seed=s.seed, val_loss=loss, val_bpb=bpb,
         pre_quant_val_loss=pre_loss, pre_quant_val_bpb=pre_bpb, step_stop=trainer.steps, wallclock_seconds=trainer.clock.seconds(),
-        eval_time_seconds=eval_seconds, **sizes, hardware=hardware(world), head=s.head_type, **trainer.facts,
-        settings=dataclasses.asdict(s))
-    log.write(f"results: runs/{s.run_id}", kind="final", **{name: value for name, value in result.items() if name != "settings"})
+        eval_time_seconds=eval_seconds, **sizes, hardware=hardware(world), head=s.head_type, **trainer.facts)
+    log.write(f"results: {path.parent}", kind="final", **result)
+    result["settings"] = dataclasses.asdict(s)
     if world.rank == 0:
-        write_whole(log.folder / "submission.json", json.dumps(result, indent=1).encode())
-        (log.folder / "checkpoint.pt").unlink(missing_ok=True)
+        write_whole(path.with_name("submission.json"), json.dumps(result, indent=1).encode())
+        path.with_name("checkpoint.pt").unlink(missing_ok=True)
     return result
 
 def main() -> int:
@@ -2018,6 +1882,7 @@ def main() -> int:
         world.start()
         code = dict(train=run_train, eval=run_eval, table=run_table, bench=bench)[settings.mode](settings, world)
         world.close()
+        return code
     except (UserError, OSError, Interrupted) as stop:
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -2025,8 +1890,7 @@ def main() -> int:
         if isinstance(stop, Interrupted):
             return 128 + stop.args[0]
         print("error:", " ".join(str(stop).split()), file=sys.stderr, flush=True)
-        code = 2
-    return code
+        return 2
 
 if __name__ == "__main__":
     exit_code = main()

@@ -1,4 +1,5 @@
 """Faults while a run goes on: ranks that die, files that vanish, disks that fill, files that are damaged."""
+import contextlib
 import os
 import re
 import shutil
@@ -7,7 +8,8 @@ import subprocess
 import time
 
 import pytest
-from test_runs import SMALL, data, losses, run, start, wait_for  # noqa: F401
+import torch
+from test_runs import SCRIPT, SMALL, data, losses, run, start, wait_for  # noqa: F401
 
 SLOW = dict(ITERATIONS=3000, RUN_ID="slow")
 
@@ -76,10 +78,10 @@ def test_a_read_only_place_is_an_error_before_training(data, tmp_path):  # noqa:
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A mounted tmpfs of 3 MB; skips where mounting is not allowed."""
+    """A mounted tmpfs of 8 MB; skips where mounting is not allowed."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("no right to mount a tmpfs")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -88,11 +90,44 @@ def tiny_disk(tmp_path):
 def test_a_full_disk_is_found_before_training_or_stops_the_run_in_one_line(data, tiny_disk):  # noqa: F811
     _, err = run(tiny_disk, SMALL, data, dict(RUN_ID="one"), code=2)
     assert re.fullmatch(r"error: runs/one: has less than \d+ bytes free; .*\n", err), err
-    (tiny_disk / "fill").write_bytes(b"x" * (shutil.disk_usage(tiny_disk).free - 32768))  # the log fits, the artifact does not
-    out, err = run(tiny_disk, SMALL, data, dict(RUN_ID="two", SIZE_LIMIT_BYTES=1000), code=2)
-    assert "no checkpoint: runs/two/checkpoint.pt: cannot be written" in out
-    assert re.fullmatch(r"error: runs/two/\S+: cannot be written \(No space left on device\); .*\n", err), err
-    assert not list((tiny_disk / "runs/two").glob("*.ptz")) and not list((tiny_disk / "runs/two").glob("*.part"))
+    process = start(tiny_disk, SMALL, data, SLOW, dict(SIZE_LIMIT_BYTES=1000, CHECKPOINT_SECONDS=0.5))
+    while not (tiny_disk / "runs/slow/checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    with open(tiny_disk / "fill", "wb") as fill, contextlib.suppress(OSError):
+        while True:
+            fill.write(b"x" * 4096)
+            fill.flush()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert re.fullmatch(r"error: runs/slow/\S+: cannot be written \(No space left on device\); .*\n", err), err
+    files = {path.name for path in (tiny_disk / "runs/slow").iterdir()}
+    assert files == {".lock", "train.log", "metrics.jsonl", "checkpoint.pt"}
+    torch.load(tiny_disk / "runs/slow/checkpoint.pt", weights_only=True)  # the one before is whole
+
+
+def test_leftovers_of_a_killed_write_are_removed(data, tmp_path):  # noqa: F811
+    (tmp_path / "runs/one").mkdir(parents=True)
+    (tmp_path / "runs/one/.checkpoint.pt.12345.part").write_bytes(b"half")
+    run(tmp_path, SMALL, data, dict(RUN_ID="one"))
+    assert not list((tmp_path / "runs/one").glob(".*.part"))
+
+
+@pytest.mark.parametrize("what", ["source", "data"])
+def test_a_run_is_not_resumed_under_another_source_or_data(what, data, tmp_path):  # noqa: F811
+    script, own = tmp_path / "train_gpt.py", tmp_path / "shards"
+    shutil.copy(SCRIPT, script)
+    shutil.copytree(data["DATA_PATH"], own)
+    settings = (SMALL, data, SLOW, dict(CHECKPOINT_SECONDS=0.1, DATA_PATH=own))
+    process = start(tmp_path, *settings, script=script)
+    wait_for(tmp_path / "runs/slow/train.log", "step:20/", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    changed = script if what == "source" else next(own.glob("fineweb_val_*.bin"))
+    changed.write_bytes(changed.read_bytes()[:-2] + (b"#\n" if what == "source" else b"\x07\x01"))
+    process = start(tmp_path, *settings, script=script)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and re.fullmatch(r"error: RUN_ID=slow: its checkpoint is of another .*\n", err), err
 
 
 def test_a_world_that_cannot_meet_is_an_error(data, tmp_path):  # noqa: F811

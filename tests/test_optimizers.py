@@ -86,36 +86,38 @@ def test_every_parameter_is_in_exactly_one_group_with_the_rate_of_its_role(prese
                for p in group["params"]]
     assert sorted(id(p) for p, _, _ in grouped) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
-    rates = dict(embed=s.tied_embed_lr, matrix=s.matrix_lr, scalar=s.scalar_lr, vocab=s.head_lr)
+    rates = dict(tied=s.tied_embed_lr, table=s.tied_embed_lr, matrix=s.matrix_lr, scalar=s.scalar_lr, vocab=HEADS[head].head_lr)
     for p, optimizer, group in grouped:
         role = roles[names[id(p)]]
         assert isinstance(optimizer, Muon) == (role == "matrix"), names[id(p)]
-        assert group["lr"] == group["base_lr"] == rates[role], names[id(p)]
+        own = role == "matrix" and names[id(p)].startswith("head.")
+        assert group["lr"] == group["base_lr"] == (HEADS[head].head_matrix_lr if own else rates[role]), names[id(p)]
         assert group["weight_decay"] == (s.muon_weight_decay if role == "matrix" else s.adam_wd), names[id(p)]
 
 
 def test_roles_are_those_of_the_design():
     roles = parameter_roles(GPT(small(head_type="mos")))
     expected = {
-        "tok_emb.weight": "embed", "bigram.table.weight": "embed", "value_embed.table.weight": "embed",
+        "tok_emb.weight": "tied", "bigram.table.weight": "table", "value_embed.table.weight": "table",
         "bigram.proj.weight": "matrix", "blocks.0.attn.q.weight": "matrix", "blocks.2.mlp.down.weight": "matrix",
         "smear.gate": "scalar", "skip_weights": "scalar", "blocks.1.resid_mix": "scalar", "head.U_KDR": "matrix",
         "head.V_KRD": "matrix", "head.gate_KD": "scalar", "head.gate_bias_K": "scalar"}
     assert {name: roles[name] for name in expected} == expected
+    for head in HEADS:  # an embedding that makes no logits is a table
+        role = "table" if head in ("untied", "factorized", "simplex") else "tied"
+        assert parameter_roles(GPT(small(head_type=head)))["tok_emb.weight"] == role
 
 
 class WithExtra(HEADS["tied"]):
     """A new head: one class and one line in HEADS. `extra` takes part in no loss."""
 
-    roles = dict(extra="vocab")
-
-    def __init__(self, settings):
-        super().__init__(settings)
-        self.extra = nn.Parameter(torch.zeros(settings.vocab_size, 4))
+    def build(self, settings, D, V, R):
+        self.add(vocab=dict(extra=torch.zeros(V, 4)))
 
 
-class WithoutRule(WithExtra):
-    roles = {}
+class WithoutRule(HEADS["tied"]):
+    def build(self, settings, D, V, R):
+        self.extra = nn.Parameter(torch.zeros(V, 4))
 
 
 def test_a_parameter_without_a_rule_is_named(monkeypatch):

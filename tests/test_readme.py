@@ -31,7 +31,7 @@ def row(name: str, field) -> str:
 
 
 def table() -> str:
-    rows = [row(name, field).replace("|", "|") for name, field in train_gpt.fields().items()]
+    rows = [row(name, field).replace("|", "|") for name, field in train_gpt.FIELDS.items()]
     return "\n".join(["| variable | default (study) | other presets | allowed | meaning |", "|---|---|---|---|---|", *rows]) + "\n"
 
 

@@ -81,7 +81,8 @@ def losses(folder):
 
 @pytest.mark.parametrize("head", HEADS_OF_A)
 def test_published_commands_of_study_a_train_at_reduced_size(head, data, tmp_path):
-    out, _ = run(tmp_path, STUDY_A, HEADS_OF_A[head], data, dict(ITERATIONS=3, RUN_ID=head, WARMUP_STEPS=1))
+    wide = dict(MODEL_DIM=128)  # no factor may be wider than the model
+    out, _ = run(tmp_path, STUDY_A, wide, HEADS_OF_A[head], data, dict(ITERATIONS=3, RUN_ID=head, WARMUP_STEPS=1))
     for form in (r"^model_params:\d+$", r"^step:3/3 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
                  r"^step:3/3 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
                  r"^peak memory allocated: \d+ MiB reserved: \d+ MiB$", r"^Code size: \d+ bytes$",
@@ -94,7 +95,7 @@ def test_published_commands_of_study_a_train_at_reduced_size(head, data, tmp_pat
 
 
 def test_published_command_of_study_b_trains_at_reduced_size(data, tmp_path):
-    out, _ = run(tmp_path, STUDY_B, data, dict(ITERATIONS=3, RUN_ID="b"))
+    out, _ = run(tmp_path, STUDY_B, data, dict(ITERATIONS=3, RUN_ID="b", MODEL_DIM=64))  # no factor may be wider than the model
     settings = json.loads((tmp_path / "runs/b/submission.json").read_text())["settings"]
     assert (settings["preset"], settings["head_type"], settings["head_k"], settings["head_rank"]) == ("pilot", "mos", 2, 64)
     assert settings["eval_stride"] == 0 and not settings["use_ema"] and "final_int8_zlib_roundtrip_exact" in out
@@ -135,7 +136,7 @@ def test_eval_mode_refuses_another_architecture_and_scores_the_test_split(finish
 
 def test_bpb_recomputed_from_the_artifact_by_hand_agrees_to_six_digits(finished, data):
     cwd, out = finished
-    settings, state = train_gpt.unpack((cwd / "runs/one/final_model.int8.ptz").read_bytes(), "artifact")
+    settings, state = train_gpt.unpack((cwd / "runs/one/final_model.int8.ptz").read_bytes())
     model = train_gpt.GPT(train_gpt.Hyperparameters(**settings))
     model.load_state_dict(state)
     tokens = torch.from_numpy(np.fromfile(data["DATA_PATH"] / "fineweb_val_000000.bin", "<u2", offset=1024).astype(np.int64))
@@ -165,7 +166,7 @@ def test_submission_and_files_are_complete_and_sizes_are_those_on_disk(finished)
     assert result["source_sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
     assert {p.name for p in folder.iterdir()} == {"train.log", "metrics.jsonl", "final_model.int8.ptz", "submission.json", ".lock"}
     log = (folder / "train.log").read_text()
-    assert all(f"\n{name}=" in log for name in train_gpt.fields())
+    assert all(f"\n{name}=" in log for name in train_gpt.FIELDS)
 
 
 def test_finished_run_is_not_repeated_and_its_name_not_reused(finished, data):
@@ -192,7 +193,7 @@ def test_fitted_artifact_uses_the_cap_to_half_a_percent(data, tmp_path):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_gives_the_same_losses_within_1e_5(ranks, data, tmp_path):
-    sizes = dict(ITERATIONS=20, HEAD_TYPE="mos", VAL_LOSS_EVERY=10, GRAD_CLIP_NORM=0.3)
+    sizes = dict(ITERATIONS=20, HEAD_TYPE="mos", HEAD_RANK=8, VAL_LOSS_EVERY=10, GRAD_CLIP_NORM=0.3)
     run(tmp_path, SMALL, data, sizes, dict(RUN_ID="one"))
     run(tmp_path, SMALL, data, sizes, dict(RUN_ID="many"), ranks=ranks)
     one, many = (losses(tmp_path / "runs" / name) for name in ("one", "many"))
@@ -220,7 +221,7 @@ def wait_for(path, text, process):
 
 @pytest.mark.parametrize("number, ranks, code", [(signal.SIGTERM, 0, 143), (signal.SIGINT, 0, 130), (signal.SIGTERM, 2, 1)])
 def test_interrupted_run_resumes_bit_equal(number, ranks, code, data, tmp_path):
-    long = dict(ITERATIONS=60, RUN_ID="stopped", LATE_QAT=1, WARMDOWN_ITERS=30, VAL_LOSS_EVERY=25, HEAD_TYPE="mos")
+    long = dict(ITERATIONS=60, RUN_ID="stopped", LATE_QAT=1, WARMDOWN_ITERS=30, VAL_LOSS_EVERY=25, HEAD_TYPE="mos", HEAD_RANK=8)
     process = start(tmp_path, SMALL, data, long, ranks=ranks)
     wait_for(tmp_path / "runs/stopped/train.log", "step:8/60", process)
     process.send_signal(number)
@@ -285,7 +286,7 @@ def test_time_cap_stops_training_and_says_so(data, tmp_path):
 
 def test_bench_reports_tied_and_the_chosen_head_without_data(tmp_path):
     sizes = {k: v for k, v in SMALL.items() if k not in ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")}
-    out, _ = run(tmp_path, sizes, dict(MODE="bench", HEAD_TYPE="mos", HEAD_K=3))
+    out, _ = run(tmp_path, sizes, dict(MODE="bench", HEAD_TYPE="mos", HEAD_K=3, HEAD_RANK=8))
     assert re.search(r"^bench head:tied \d+\.\d ms/step", out, re.M) and re.search(r"^bench head:mos .*time to tied:\d", out, re.M)
     assert "peak memory allocated" in out and list(tmp_path.iterdir()) == []
 

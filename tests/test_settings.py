@@ -57,7 +57,8 @@ def text_of(value):
 
 def head_for(name):
     """The head that uses this setting, where it is a head's own."""
-    head = {"HEAD_K": "mos", "HEAD_RANK": "mos", "HEAD_DIM": "simplex", "HEAD_LR": "delta", "HEAD_UNTIE_FRAC": "untied"}.get(name)
+    head = {"HEAD_K": "mos", "HEAD_RANK": "mos", "HEAD_DIM": "simplex", "HEAD_LR": "delta", "HEAD_UNTIE_FRAC": "untied",
+            "HEAD_MATRIX_LR": "mos"}.get(name)
     return {"HEAD_TYPE": head} if head else {}
 
 
@@ -247,7 +248,9 @@ HEADS = [
 @pytest.mark.parametrize("command, head", HEADS, ids=[f"H{i}" for i in range(7)])
 def test_study_a_s_commands_run_as_published_and_are_the_defaults_but_for_head_codec_and_kernel(command, head):
     got = from_env(STUDY_A | env_of(command) | {"SEED": "42"})
-    assert got == Hyperparameters(**head, seed=42, compress_algo="zstd", use_fa3=True, compile=got.compile)
+    cls = tg.HEADS[head["head_type"]]
+    rates = {name: getattr(cls, name) for name in ("head_lr", "head_matrix_lr") if name in cls.uses}
+    assert got == Hyperparameters(**head, **rates, seed=42, compress_algo="zstd", use_fa3=True, compile=got.compile)
     assert got.compile != "0"
 
 
