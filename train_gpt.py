@@ -276,7 +276,7 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
     need(s.rope_dims % 2 == 0 and s.rope_dims <= channels, "ROPE_DIMS", f"be even and at most {channels}, a head's width")
     need((s.rope_dims or channels) > 2 or not s.use_ntk_rope, "ROPE_DIMS", "rotate more than 2 channels with USE_NTK_ROPE=1")
     value_layers(s)
-    need(s.train_batch_tokens % T == 0, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={T}")
+    need(s.mode == "eval" or s.train_batch_tokens % T == 0, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={T}")
     need(not 0 < s.micro_batch_tokens < T, "MICRO_BATCH_TOKENS", f"be 0 or hold a sequence, TRAIN_SEQ_LEN={T}")
     need(not s.use_fa3 or s.compute_dtype != "fp32", "COMPUTE_DTYPE", "be auto or bf16 with USE_FA3=1")
     need(s.eval_stride <= T, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={T}")
@@ -1107,7 +1107,7 @@ def maybe_compile(function: Callable, settings: Hyperparameters, world: World) -
 
 # ---- Artifact: quantize, fit under the cap, pack, unpack ------------------------------------------------------------
 MAGIC = b"GPTHEAD2"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, two payloads
-LONGEST_HEADER = 2**20  # bytes
+LONGEST_HEADER = 800_000  # bytes; 1,000 layers need 620,000
 STORED = [name for name, scope in SCOPES.items() if scope != "run"]  # the settings in the header
 # How a tensor is stored, by its role, and how much finer its grid is: what makes logits is the most sensitive.
 KINDS = dict(matrix=torch.int8, table=torch.int8, tied=torch.int16, vocab=torch.int16, scalar=torch.float32)
@@ -1269,8 +1269,9 @@ def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
     header = json.loads(bytes(body[4:end]))
     expect(header["settings"].keys() == {*STORED}, "its settings are not those of this program")
     stored = {n: parse(n.upper(), str(int(value) if isinstance(value, bool) else value)) for n, value in header["settings"].items()}
-    settings = Hyperparameters(**stored)
+    settings = Hyperparameters(**stored, mode="eval")
     check(settings, {})
+    expect(settings.num_layers <= len(header["tensors"]), "its tensors are not those of its settings")
     model = on_meta(settings)
     tensors, roles, cut = dict(model.named_parameters()), parameter_roles(model), header["cut"]
     expect(header["tensors"] == layout(tensors, roles) and type(cut) is int and 0 <= cut <= len(body) - end,
@@ -1291,6 +1292,8 @@ def read_artifact(variable: str, name: str, limit: float, world: World) -> tuple
     """`unpack` of a file on rank 0's disk; UserError, naming the variable, also where it is missing or above `limit` bytes."""
     path = Path(name)
     try:
+        if world.rank == 0 and path.exists() and not path.is_file():
+            raise UserError("must name an artifact to read, a regular file")
         if world.rank == 0 and path.stat().st_size > limit:
             raise UserError(f"has {path.stat().st_size} bytes, more than SIZE_LIMIT_BYTES={limit}; raise that if it is meant")
         return unpack(world.agree(path.read_bytes() if world.rank == 0 else b""))

@@ -2,11 +2,16 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import os
+import random
+import re
 import struct
 import tempfile
+import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -14,19 +19,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import GPT, HEADS, MAGIC, Hyperparameters, UserError, World, encode, load_artifact, on_grid, pack, unpack
+from train_gpt import (
+    GPT, HEADS, LONGEST_HEADER, MAGIC, VARIANTS, Hyperparameters, UserError, World, build_model, encode, on_grid, pack,
+    read_artifact, read_payloads, unpack, write_payloads)
 
 SMALL = dict(
     vocab_size=64, num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4, bigram_vocab_size=40,
     bigram_dim=16, ve_dim=16, ve_layers="1", xsa_last_n=1, train_seq_len=16, train_batch_tokens=64, head_rank=16,
     head_dim=16, eval_stride=8, compile="0", compute_dtype="fp32")
-LEVELS = dict(int8=127, int16=32767)
+LEVELS = dict(matrix=127, table=127, tied=32767, vocab=32767)  # by role; scalars are not rounded
 CODECS = ("zlib", "zstd")
+LIMIT = 16_000_000
 
 
 def small(**changes):
@@ -43,6 +52,12 @@ def cpu_world():
     return world
 
 
+def head_settings(name):
+    """Of "mos" or "mos/pr908"."""
+    head, _, variant = name.partition("/")
+    return dict(head_type=head, head_variant=variant)
+
+
 def random_model(**changes):
     torch.manual_seed(0)
     model = GPT(small(**changes))
@@ -50,6 +65,11 @@ def random_model(**changes):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return model
+
+
+def whole(model, settings, step=0.0):
+    """The artifact of a model."""
+    return encode(model.state_dict(), train_gpt.parameter_roles(model), settings, step)
 
 
 def gaussian(rows=768, columns=512, seed=0):
@@ -63,26 +83,27 @@ def student_t(rows=768, columns=512, seed=0):
 
 KINDS = dict(gaussian=gaussian, student_t=student_t)
 each_kind = pytest.mark.parametrize("kind", KINDS)
-each_integer = pytest.mark.parametrize("integer", LEVELS)
+each_role = pytest.mark.parametrize("role", LEVELS)
 each_codec = pytest.mark.parametrize("codec", CODECS)
-MATRIX, TABLE = "blocks.0.mlp.up.weight", "tok_emb.weight"
 
 
 def packed(weight, limit, codec="zlib", role="matrix"):
-    name = MATRIX if role == "matrix" else TABLE
-    return pack({name: weight}, {name: role}, small(compress_algo=codec), limit)
+    return pack({"w": weight}, {"w": role}, small(compress_algo=codec), limit)
 
 
-def stored_as(weight, role):
-    """The design's rule: matrices as integers, those of the vocabulary side more finely; all else in half precision."""
-    if weight.ndim >= 2 and min(weight.shape[-2:]) >= 16:
-        return "int16" if role in ("embed", "vocab") else "int8"
-    return "float16"
+def payload_bytes(weight, role, step, codec="zlib"):
+    return sum(map(len, write_payloads({"w": weight}, {"w": role}, step, codec)))
+
+
+def stored_and_read(weight, role, step, codec="zlib"):
+    state, roles = {"w": weight}, {"w": role}
+    lowest, rest = write_payloads(state, roles, step, codec)
+    return read_payloads(memoryview(lowest + rest), len(lowest), codec, state, roles)["w"]
 
 
 def as_exported(weight, role, step):
-    kind = stored_as(weight, role)
-    return weight.half().float() if kind == "float16" else on_grid(weight, kind, step)
+    """The design's rule: scalars exactly, whatever their shape; all else on the grid of its role."""
+    return weight if role == "scalar" else on_grid(weight, role, step)
 
 
 def error_of(found, weight):
@@ -92,55 +113,65 @@ def error_of(found, weight):
 # ---- The grid --------------------------------------------------------------------------------------------------------
 
 
-@each_integer
+@each_role
 @pytest.mark.parametrize("step", [0.0, 0.05, 0.15, 1.0, 8.0])
 @each_kind
-def test_every_weight_is_within_half_a_step_and_none_is_clipped(kind, step, integer):
+def test_every_weight_is_within_half_a_step_and_none_is_clipped(kind, step, role):
     for seed in range(3):
         w = KINDS[kind](200, 64, seed)
         w[5, 3] = 300.0  # an outlier
-        q, scale = train_gpt.to_grid(w, integer, step)
-        assert torch.equal(q, q.round()) and q.abs().max() <= LEVELS[integer]
-        found = on_grid(w, integer, step)
+        q, scale = train_gpt.to_grid(w, role, step)
+        assert torch.equal(q, q.round()) and q.abs().max() <= LEVELS[role]
+        found = on_grid(w, role, step)
         torch.testing.assert_close(found, q * scale.float(), rtol=0, atol=0)
         assert ((found - w).abs() <= scale.float() / 2 * (1 + 1e-3)).all()
 
 
-@each_integer
-def test_step_zero_is_plain_absmax(integer):
+@each_role
+def test_step_zero_is_plain_absmax(role):
     w = gaussian(100, 64)
-    _, scale = train_gpt.to_grid(w, integer, 0.0)
-    torch.testing.assert_close(scale.float(), w.abs().amax(1, keepdim=True) / LEVELS[integer], rtol=2**-7, atol=0)
-    assert train_gpt.to_grid(w, integer, 0.0)[0].abs().amax(1).min() >= 0.98 * LEVELS[integer]
+    _, scale = train_gpt.to_grid(w, role, 0.0)
+    torch.testing.assert_close(scale.float(), w.abs().amax(1, keepdim=True) / LEVELS[role], rtol=2**-7, atol=0)
+    assert train_gpt.to_grid(w, role, 0.0)[0].abs().amax(1).min() >= 0.98 * LEVELS[role]
 
 
-@each_integer
+@each_role
 @pytest.mark.parametrize("step", [0.0, 0.2])
-def test_the_relative_error_of_a_row_does_not_depend_on_its_size(integer, step):
+def test_the_relative_error_of_a_row_does_not_depend_on_its_size(role, step):
     w = gaussian(40, 64)
-    usual = on_grid(w, integer, step)
+    usual = on_grid(w, role, step)
     for size in (1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30):
         mixed = w.clone()
         mixed[::2] *= size  # the neighbours stay as they are
-        found = on_grid(mixed, integer, step)
+        found = on_grid(mixed, role, step)
         torch.testing.assert_close(found[1::2], usual[1::2], rtol=0, atol=0)
         error = error_of(found[::2].double() / size, w[::2].double())
         assert error <= 1.1 * error_of(usual[::2], w[::2]), size
 
 
-@each_integer
-def test_zero_rows_stay_zero(integer):
+@each_role
+def test_zero_rows_stay_zero(role):
     w = gaussian(20, 32)
     w[7] = 0
     for step in (0.0, 0.3):
-        found = on_grid(w, integer, step)
+        found = on_grid(w, role, step)
         assert not found[7].any() and found[6].any() and torch.isfinite(found).all()
 
 
-def test_a_stack_is_rounded_as_its_matrices_and_the_vocabulary_side_more_finely():
+def test_a_stack_is_rounded_as_its_matrices_and_what_makes_logits_more_finely():
     w = gaussian(60, 32).view(3, 20, 32)
-    torch.testing.assert_close(on_grid(w, "int8", 0.2), torch.stack([on_grid(m, "int8", 0.2) for m in w]))
-    assert error_of(on_grid(w, "int16", 0.2), w) < error_of(on_grid(w, "int8", 0.2), w) / 30
+    torch.testing.assert_close(on_grid(w, "matrix", 0.2), torch.stack([on_grid(m, "matrix", 0.2) for m in w]))
+    for role, gain in (("table", 3), ("tied", 30), ("vocab", 30)):
+        assert error_of(on_grid(w, role, 0.2), w) < error_of(on_grid(w, "matrix", 0.2), w) / gain, role
+
+
+def test_only_what_makes_logits_has_the_fine_role():
+    for head in (*HEADS, *VARIANTS):
+        model = random_model(**head_settings(head))
+        roles = train_gpt.parameter_roles(model)
+        unused = head in ("untied", "factorized", "simplex") or head.endswith("pr908")
+        assert roles["tok_emb.weight"] == ("table" if unused else "tied"), head
+        assert {role for name, role in roles.items() if ".table." in name} == {"table"}
 
 
 # ---- Size ------------------------------------------------------------------------------------------------------------
@@ -178,60 +209,121 @@ def test_a_mixed_model_also_meets_its_limit():
 
 
 def entropy(integers):
+    """Of order 0, in bytes for all of them."""
     _, counts = np.unique(integers.numpy(), return_counts=True)
-    p = counts / counts.sum()
-    return -(p * np.log2(p)).sum() / 8
+    return -(counts * np.log2(counts / counts.sum())).sum() / 8
 
 
 @each_codec
+@pytest.mark.parametrize("role", ["matrix", "vocab", "tied"])
 @each_kind
 @pytest.mark.parametrize("step", [0.0, 0.05, 0.12, 0.158, 0.3])
-def test_payload_is_near_the_order_0_entropy_of_the_integers(step, kind, codec):
-    """Within 1.5% for deflate; zstd's Huffman tables (one for 128 KiB) cost a little more."""
+def test_payloads_are_near_the_order_0_entropy_of_the_integers(step, kind, role, codec):
+    """Within 1.5% for deflate, and 3% for zstd, whose Huffman tables (one for 128 KiB) cost a little more. Where over 1% of the
+    integers exceed 8 bits, what the two bytes tell of each other is lost: at most 5%, of the 2-4% of a model that have 16."""
     need_codec(codec)
     w = KINDS[kind](1024, 512)
-    blob = encode({MATRIX: w}, {MATRIX: "matrix"}, small(compress_algo=codec), step)
-    payload = len(blob) - 44 - len(header_of(blob)[1])
-    ideal = w.numel() * entropy(train_gpt.to_grid(w, "int8", step)[0]) + 2 * len(w)
-    assert payload <= dict(zlib=1.015, zstd=1.03)[codec] * ideal
+    q, _ = train_gpt.to_grid(w, role, step)
+    allowed = 1.05 if (q.abs() > 127).float().mean() > 0.01 else dict(zlib=1.015, zstd=1.03)[codec]
+    assert payload_bytes(w, role, step, codec) <= allowed * (entropy(q) + 2 * len(w))
 
 
-@pytest.mark.parametrize("kind, gain", [("gaussian", 0.10), ("student_t", 0.25)])
-def test_error_at_equal_bytes_is_well_below_int6_absmax_with_zlib(kind, gain):
-    w = KINDS[kind](1024, 512)
-    scale = (w.abs().amax(1, keepdim=True) / 31).half().float()
-    q = (w / scale).round().clamp(-31, 31)
-    raw = q.to(torch.int8).numpy().tobytes() + scale.half().numpy().tobytes()
-    blob, _ = packed(w, len(zlib.compress(raw, 9)))
-    assert error_of(unpack(blob, "")[1][MATRIX], w) <= (1 - gain) * error_of(q * scale, w)
+@each_codec
+@pytest.mark.parametrize("step", [0.1, 0.158, 0.3])
+def test_payloads_of_a_model_are_near_the_order_0_entropy_of_its_integers(step, codec):
+    """All tensors together, at the study's shares of roles (heavy tails)."""
+    need_codec(codec)
+    state, roles, ideal = {}, {}, 0
+    for i, (role, rows) in enumerate([*[("matrix", 1536)] * 8, ("table", 512), ("tied", 256), ("scalar", 8)]):
+        state[f"{i}"], roles[f"{i}"] = student_t(rows, 512, seed=i), role
+        ideal += 2048 * rows if role == "scalar" else entropy(train_gpt.to_grid(state[f"{i}"], role, step)[0]) + 2 * rows
+    assert sum(map(len, write_payloads(state, roles, step, codec))) <= dict(zlib=1.015, zstd=1.03)[codec] * ideal
+
+
+QUANTIZERS = {  # levels, clipping quantile, codec at its highest level: study A with either codec, study B
+    "int6 zlib": (31, 1.0, "zlib"), "int6 zstd": (31, 1.0, "zstd"), "int8 zlib": (127, 0.9999984, "zlib")}
+SHORT = {  # where the 10% and 25% are not reached, what was measured, and why
+    ("gaussian", 1.0, "int6 zstd"): "4.7%; a scalar grid under an ideal entropy coder would reach 8.3%",
+    ("gaussian", 1.0, "int8 zlib"): "-0.1%: plain int8 fits in 0.5% less, and nothing finer is stored (16 bits would give 6%)",
+    ("student_t", 1.0, "int8 zlib"): "-0.1%: plain int8 fits in 2.7% less, and nothing finer is stored (16 bits would give 54%)",
+    ("gaussian", 0.04, "int6 zstd"): "-1.2%: the floor makes it an even grid of 3 levels a deviation, as ours at this size",
+    ("student_t", 0.04, "int6 zstd"): "0.7%: as above"}
+
+
+def studies_rounding(weight, levels, quantile):
+    """What both studies store of a matrix: integers of rows scaled by absmax or a quantile, and scales with their floor."""
+    top = torch.quantile(weight.abs(), quantile, dim=1, keepdim=True)
+    scale = (top / levels).clamp_min(1 / levels).half()
+    q = (weight.clamp(-top, top) / scale.float()).round().clamp(-levels, levels)
+    return q.to(torch.int8).numpy().tobytes() + scale.numpy().tobytes(), q * scale.float()
+
+
+@pytest.mark.parametrize("kind, size, quantizer", [
+    pytest.param(*case, marks=[pytest.mark.xfail(reason=SHORT[case], raises=AssertionError, strict=True)] if case in SHORT else [])
+    for case in ((kind, size, quantizer) for kind in KINDS for size in (1.0, 0.04) for quantizer in QUANTIZERS)])
+def test_error_at_equal_bytes_is_well_below_that_of_the_studies_quantizers(kind, size, quantizer):
+    levels, quantile, codec = QUANTIZERS[quantizer]
+    w = size * KINDS[kind](1024, 512)
+    raw, theirs = studies_rounding(w, levels, quantile)
+    limit = len(zlib.compress(raw, 9) if codec == "zlib" else need_codec(codec).ZstdCompressor(level=22).compress(raw))
+    ours = on_grid(w, "matrix", train_gpt.fit(lambda step: payload_bytes(w, "matrix", step), limit))
+    assert error_of(ours, w) <= (1 - dict(gaussian=0.10, student_t=0.25)[kind]) * error_of(theirs, w)
 
 
 # ---- Round trip ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tensor", [
+    torch.arange(-127, 128).to(torch.int8), torch.arange(-32767, 32768).to(torch.int16),
+    torch.arange(-2**15, 2**15).to(torch.int16).view(torch.bfloat16),
+    torch.from_numpy(np.random.default_rng(0).integers(-2**31, 2**31, 10**6, dtype=np.int32)).view(torch.float32),
+    torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38, math.inf, -math.inf, math.nan])], ids=lambda t: f"{len(t)} {t.dtype}")
+def test_planes_and_back_is_the_identity_for_every_bit_pattern(tensor):
+    for shaped in (tensor, tensor[:, None], tensor.expand(2, -1), tensor.flip(0)):
+        planes = train_gpt.planes(shaped)
+        assert [len(plane) for plane in planes] == [shaped.numel()] * tensor.itemsize
+        found = train_gpt.from_planes(planes, tensor.dtype)
+        assert torch.equal(found.view(torch.int32), shaped.flatten().float().view(torch.int32))
+
+
+def test_upper_planes_of_small_integers_are_zeros():
+    assert train_gpt.planes(torch.arange(-128, 128).to(torch.int16))[1] == bytes(256)
+
+
 @each_codec
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*HEADS, *VARIANTS])
 @pytest.mark.parametrize("step", [0.0, 0.13])
 def test_unpacked_weights_are_those_of_the_grid_and_settings_survive(step, head, codec):
     need_codec(codec)
-    model = random_model(head_type=head, compress_algo=codec)
+    s = small(compress_algo=codec, rope_base=12345.5, **head_settings(head))
+    model = random_model(compress_algo=codec, **head_settings(head))
     state, roles = model.state_dict(), train_gpt.parameter_roles(model)
-    s = small(head_type=head, compress_algo=codec, rope_base=12345.5)
-    settings, found = unpack(encode(state, roles, s, step), "x")
+    stored, found = unpack(encode(state, roles, s, step))
     assert list(found) == list(state)
     for name, weight in state.items():
         assert found[name].dtype == torch.float32, name
         assert torch.equal(found[name], as_exported(weight, roles[name], step)), name
     for field in dataclasses.fields(s):
         if field.metadata["scope"] == "model":
-            assert settings[field.name] == getattr(s, field.name)
-    assert settings["eval_stride"] == s.eval_stride and "seed" not in settings
+            assert stored[field.name] == getattr(s, field.name)
+    assert stored["eval_stride"] == s.eval_stride and "seed" not in stored
 
 
-def test_values_beyond_float16_survive():
-    w = torch.tensor([1e6, -3.0, 1e-3])
-    found = unpack(encode({"skip_weights": w}, {"skip_weights": "scalar"}, small(), 0.0), "x")[1]["skip_weights"]
-    torch.testing.assert_close(found, w, rtol=1e-3, atol=0)
+def test_the_default_batch_does_not_bear_on_an_artifact():
+    """A sequence length that does not divide it, though it divided the run's own."""
+    changes = dict(train_seq_len=100, train_batch_tokens=400)
+    stored, _ = unpack(whole(random_model(**changes), small(**changes)))
+    assert train_gpt.from_env({"MODE": "eval"}, defaults=stored).train_seq_len == 100
+
+
+@pytest.mark.parametrize("changes, name", [
+    (dict(num_layers=40), "skip_weights"), (dict(head_type="mos", head_k=20), "head.gate_KD"), ({}, "blocks.0.resid_mix")])
+def test_scalars_are_exact_whatever_their_shape_and_size(changes, name):
+    model = random_model(**changes)
+    weight = dict(model.named_parameters())[name].detach()
+    weight.view(-1)[:6] = torch.tensor([1e6, -3.0000002, 1e-3, 1e-45, 3e38, 0.1])
+    found = unpack(whole(model, small(**changes), step=0.3))[1][name]
+    assert weight.ndim == 2 and torch.equal(found, weight)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(num_layers=1, ve_layers="0"), dict(head_type="mos"),
@@ -241,7 +333,8 @@ def test_a_loaded_artifact_computes_what_the_rounded_model_does(changes, tmp_pat
     roles, s, path = train_gpt.parameter_roles(model), small(**changes), tmp_path / "final_model.int8.ptz"
     blob, step = pack(model.state_dict(), roles, s, 10**9)
     path.write_bytes(blob)
-    loaded = load_artifact(path, train_gpt.from_env({}, defaults=unpack(blob, path)[0]), world)
+    stored, state = read_artifact("ARTIFACT", path, len(blob), world)
+    loaded = build_model(train_gpt.from_env({}, defaults=stored), world, state)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(as_exported(p, roles[name], step))
@@ -249,12 +342,26 @@ def test_a_loaded_artifact_computes_what_the_rounded_model_does(changes, tmp_pat
     assert torch.equal(loaded(x, y), model(x, y))
 
 
-def test_an_artifact_of_other_tensors_is_refused(tmp_path):
-    model, world, path = random_model(), cpu_world(), tmp_path / "a"
-    path.write_bytes(pack(model.state_dict(), train_gpt.parameter_roles(model), small(), 10**9)[0])
-    for changes in (dict(num_layers=4), dict(mlp_mult=2), dict(head_type="mos")):
-        with pytest.raises(UserError):
-            load_artifact(path, small(**changes), world)
+@pytest.mark.parametrize("changes", [dict(num_layers=4), dict(mlp_mult=2), dict(head_type="mos"),
+                                     dict(head_type="untied")], ids=str)
+def test_an_artifact_of_other_tensors_than_its_settings_is_refused(changes):
+    """The last case differs from its settings in the tied embedding's role and one tensor."""
+    assert refused(whole(random_model(), small(**changes))) and refused(whole(random_model(**changes), small()))
+
+
+@pytest.mark.parametrize("variable", ["ARTIFACT", "INIT_FROM"])
+def test_an_artifact_above_the_size_limit_is_refused_before_it_is_read(variable, tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(GENUINE)
+    assert read_artifact(variable, path, len(GENUINE), cpu_world())
+    with pytest.raises(UserError, match=f"^{variable}={re.escape(str(path))}: .*SIZE_LIMIT_BYTES={len(GENUINE) - 1}"):
+        read_artifact(variable, path, len(GENUINE) - 1, cpu_world())
+    os.truncate(path, 2**26)
+
+    def attempt():
+        with pytest.raises(UserError, match=f"{2**26} bytes"):
+            read_artifact(variable, path, LIMIT, cpu_world())
+    assert peak_bytes(attempt) < 2**20
 
 
 # ---- Late QAT --------------------------------------------------------------------------------------------------------
@@ -265,11 +372,8 @@ def test_rounded_weights_lie_on_the_grid_inside_and_come_back_bit_for_bit():
     roles, before = train_gpt.parameter_roles(model), copy.deepcopy(model.state_dict())
     with train_gpt.rounded_weights(model, roles, 0.3):
         for name, p in model.named_parameters():
-            if stored_as(p, roles[name]) == "float16":
-                assert torch.equal(p, before[name]), name
-            else:
-                assert torch.equal(p, as_exported(before[name], roles[name], 0.3)), name
-                assert not torch.equal(p, before[name]), name
+            assert torch.equal(p, as_exported(before[name], roles[name], 0.3)), name
+            assert torch.equal(p, before[name]) == (roles[name] == "scalar"), name
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     with train_gpt.rounded_weights(model, roles, None):
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -288,8 +392,7 @@ def test_gradients_are_taken_at_the_rounded_weights():
     roles, rounded = train_gpt.parameter_roles(model), random_model()
     with torch.no_grad():
         for name, p in rounded.named_parameters():
-            if stored_as(p, roles[name]) != "float16":
-                p.copy_(as_exported(p, roles[name], 0.5))
+            p.copy_(as_exported(p, roles[name], 0.5))
     with train_gpt.rounded_weights(model, roles, 0.5):
         model(x, y).backward()
     rounded(x, y).backward()
@@ -304,10 +407,10 @@ def sealed(body):
     return MAGIC + hashlib.sha256(body).digest() + body
 
 
-def forged(header, payload, length=None):
-    """An artifact with a right checksum around any header (an object, or its bytes) and payload."""
-    header = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return sealed(struct.pack("<I", len(header) if length is None else length) + header + payload)
+def forged(header, payloads, length=None):
+    """An artifact with a right checksum around any header (an object, or its bytes) and payloads."""
+    header = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    return sealed(struct.pack("<I", len(header) if length is None else length) + header + payloads)
 
 
 def header_of(blob):
@@ -318,23 +421,24 @@ def header_of(blob):
 def genuine(codec="zlib"):
     if codec == "zstd":
         need_codec(codec)
-    model = random_model(bigram_hash=False, value_embed=False, num_layers=2)
-    return pack(model.state_dict(), train_gpt.parameter_roles(model),
-                small(bigram_hash=False, value_embed=False, num_layers=2, compress_algo=codec), 10**9)[0]
+    changes = dict(bigram_hash=False, value_embed=False, num_layers=2, compress_algo=codec)
+    return whole(random_model(**changes), small(**changes))
 
 
 GENUINE = genuine()
-HEADER, RAW_HEADER, PAYLOAD = header_of(GENUINE)
+HEADER, RAW_HEADER, PAYLOADS = header_of(GENUINE)
+CUT = HEADER["cut"]
+LOWEST, REST = zlib.decompress(PAYLOADS[:CUT]), zlib.decompress(PAYLOADS[CUT:])
 
 
 def open_artifact(blob):
     """As MODE=eval opens it: the settings, and the model that they are for."""
-    settings, _ = unpack(blob, "some/path")
-    settings = train_gpt.from_env({}, defaults=settings)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "artifact"
         path.write_bytes(blob)
-        return settings, load_artifact(path, settings, cpu_world())
+        stored, state = read_artifact("ARTIFACT", path, LIMIT, cpu_world())
+    settings = train_gpt.from_env({}, defaults=stored)
+    return settings, build_model(settings, cpu_world(), state)
 
 
 def refused(blob):
@@ -342,16 +446,17 @@ def refused(blob):
     try:
         open_artifact(blob)
     except UserError as error:
-        assert "\n" not in str(error)
+        assert str(error).isprintable() and str(error).startswith("ARTIFACT=/")
         return True
     return False
 
 
 def altered(**changes):
-    return forged({**HEADER, **changes}, PAYLOAD)
+    return forged({**HEADER, **changes}, PAYLOADS)
 
 
-def with_tensor(index=0, name=None, kind=None, shape=None):
+def with_tensor(index=1, name=None, kind=None, shape=None):
+    """Another entry for the token embedding (int16, 64 x 32), or for another tensor."""
     tensors = copy.deepcopy(HEADER["tensors"])
     for place, value in enumerate((name, kind, shape)):
         if value is not None:
@@ -363,49 +468,62 @@ def with_settings(**changes):
     return altered(settings={**HEADER["settings"], **changes})
 
 
+def with_payloads(lowest, rest, codec="zlib", header=HEADER):
+    """Other payloads, compressed here unless the codec is None."""
+    lowest, rest = (train_gpt.compress(raw, codec) if codec else raw for raw in (lowest, rest))
+    return forged({**header, "codec": codec or header["codec"], "cut": len(lowest)}, lowest + rest)
+
+
 def test_the_forgers_tools_can_make_a_genuine_artifact():
-    assert forged(RAW_HEADER, PAYLOAD) == GENUINE
-    assert not refused(GENUINE) and not refused(altered()) and not refused(with_settings(rope_base=500.0))
+    assert forged(RAW_HEADER, PAYLOADS) == GENUINE == altered() == with_payloads(PAYLOADS[:CUT], PAYLOADS[CUT:], codec=None)
+    assert not any(map(refused, (GENUINE, with_settings(rope_base=500.0), with_tensor(), with_payloads(LOWEST, REST))))
 
 
 def shaped(tensor_shape, count):
-    """A header whose only tensor claims a shape, over a payload of `count` bytes."""
-    return forged(dict(HEADER, tensors=[["w", "int8", tensor_shape]]), train_gpt.compress(bytes(count), "zlib"))
+    """A header whose only tensor claims a shape, over payloads of `count` bytes."""
+    return with_payloads(bytes(count), bytes(count), header={**HEADER, "tensors": [["w", "int8", tensor_shape]]})
 
 
 def twins():
     """Whole in every length, but two tensors bear one name."""
-    state = {f"{i}": torch.randn(shape) for i, (_, _, shape) in enumerate([*HEADER["tensors"], HEADER["tensors"][0]])}
-    roles = {f"{i}": "embed" if kind == "int16" else "matrix" for i, (_, kind, _) in
-             enumerate([*HEADER["tensors"], HEADER["tensors"][0]])}
-    header, _, payload = header_of(encode(state, roles, small(), 0.0))
-    for tensor, (name, _, _) in zip(header["tensors"], [*HEADER["tensors"], HEADER["tensors"][0]]):
-        tensor[0] = name
-    return forged(dict(header, settings=HEADER["settings"]), payload)
+    tensors = [*HEADER["tensors"], HEADER["tensors"][0]]
+    state = {f"{i}": torch.randn(shape) for i, (_, _, shape) in enumerate(tensors)}
+    roles = {f"{i}": dict(int16="tied", int8="matrix", float32="scalar")[kind] for i, (_, kind, _) in enumerate(tensors)}
+    return with_payloads(*write_payloads(state, roles, 0.0, "zlib"), codec=None, header={**HEADER, "tensors": tensors})
 
 
-VECTOR = next(i for i, (_, kind, _) in enumerate(HEADER["tensors"]) if kind == "float16")
+VECTOR = next(i for i, (_, kind, shape) in enumerate(HEADER["tensors"]) if kind == "float32" and len(shape) == 1)
 HOSTILE = {
     "empty": b"", "magic only": MAGIC, "wrong magic": b"GPTHEAD9" + GENUINE[8:], "no body": sealed(b""),
+    "newer magic": MAGIC[:-1] + bytes([MAGIC[-1] + 1]) + GENUINE[8:],
     "three bytes of body": sealed(b"abc"), "no header": sealed(bytes(4)), "zip": b"PK\x03\x04" + bytes(100),
     "wrong checksum": GENUINE[:8] + bytes(32) + GENUINE[40:], "trailing byte": GENUINE + b"x",
-    "header longer than file": forged(RAW_HEADER, PAYLOAD, 2**32 - 1), "header cut": forged(RAW_HEADER, PAYLOAD, 100),
-    "header takes payload": forged(RAW_HEADER, PAYLOAD, len(RAW_HEADER) + 5), "not json": forged(b"{codec:1}", PAYLOAD),
-    "not utf-8": forged(b"\xff\xfe\xfa" + RAW_HEADER, PAYLOAD), "deep json": forged(b"[" * 200000, PAYLOAD),
-    "deep settings": forged(b'{"settings":' + b'{"a":' * 100000, PAYLOAD),
-    "huge number": forged(b'{"codec":' + b"9" * 10000 + b"}", PAYLOAD),
-    "trailing payload": forged(RAW_HEADER, PAYLOAD + b"x"), "no payload": forged(RAW_HEADER, b""),
-    "payload cut": forged(RAW_HEADER, PAYLOAD[:-9]), "payload not deflate": forged(RAW_HEADER, b"\0" * 50),
-    "payload too long": forged(RAW_HEADER, train_gpt.compress(zlib.decompress(PAYLOAD) + b"x", "zlib")),
-    "payload too short": forged(RAW_HEADER, train_gpt.compress(zlib.decompress(PAYLOAD)[:-1], "zlib")),
-    **{f"header is {value!r}": forged(json.dumps(value).encode(), PAYLOAD) for value in (None, 3, [], {}, "x", [[]])},
-    **{f"no {key}": forged({k: v for k, v in HEADER.items() if k != key}, PAYLOAD) for key in HEADER},
+    "header longer than file": forged(RAW_HEADER, PAYLOADS, 2**32 - 1), "header cut": forged(RAW_HEADER, PAYLOADS, 100),
+    "header takes payload": forged(RAW_HEADER, PAYLOADS, len(RAW_HEADER) + 5), "not json": forged(b"{codec:1}", PAYLOADS),
+    "header longer than any": forged(RAW_HEADER + b" " * LONGEST_HEADER, PAYLOADS),
+    "not utf-8": forged(b"\xff\xfe\xfa" + RAW_HEADER, PAYLOADS), "deep json": forged(b"[" * 200000, PAYLOADS),
+    "deep settings": forged(b'{"settings":' + b'{"a":' * 100000, PAYLOADS),
+    "deep closed": forged(RAW_HEADER[:-1] + b',"x":' + b"[" * 100000 + b"]" * 100000 + b"}", PAYLOADS),
+    "huge number": forged(b'{"codec":' + b"9" * 10000 + b"}", PAYLOADS),
+    "trailing payload": forged(RAW_HEADER, PAYLOADS + b"x"), "no payload": forged(RAW_HEADER, b""),
+    "gap before the cut": with_payloads(PAYLOADS[:CUT] + b"x", PAYLOADS[CUT:], codec=None),
+    "payloads in turn": with_payloads(PAYLOADS[CUT:], PAYLOADS[:CUT], codec=None),
+    "payload cut": forged(RAW_HEADER, PAYLOADS[:-9]), "payload not deflate": forged(RAW_HEADER, b"\0" * 50),
+    **{f"payloads of {low} and {high} bytes too many": with_payloads(
+        (LOWEST + b"x")[:len(LOWEST) + low], (REST + b"x")[:len(REST) + high])
+       for low in (-1, 0, 1) for high in (-1, 0, 1) if low or high},
+    "one scale for all rows of the last matrix": with_payloads(LOWEST, REST[:2 - 2 * HEADER["tensors"][-1][2][0]]),
+    **{f"header is {value!r}": forged(json.dumps(value).encode(), PAYLOADS) for value in (None, 3, [], {}, "x", [[]])},
+    **{f"no {key}": forged({k: v for k, v in HEADER.items() if k != key}, PAYLOADS) for key in HEADER},
     **{f"codec {value!r}": altered(codec=value) for value in ("lzma", "zstd", "", None, 1, [], {})},
+    **{f"cut {value!r}": altered(cut=value) for value in (
+        -1, -CUT, CUT - len(PAYLOADS), 0, 1, CUT - 1, CUT + 1, len(PAYLOADS), len(PAYLOADS) + 1, CUT + 2**32, 2**63, 10**30, True, False,
+        float(CUT), CUT + 0.5, math.nan, math.inf, str(CUT), None, [CUT], {})},
     **{f"tensors {value!r}": altered(tensors=value) for value in (
         None, 3, "abc", {}, [], [1], [[]], [["a"]], {"abc": 1})},
-    **{f"kind {value!r}": with_tensor(kind=value) for value in ("int4", "int64", "load", "", None, 7, ["int8"], {})
-       if value is not None},
-    **{f"name {value!r}": with_tensor(name=value) for value in (3, ["a"], {}, True)},
+    **{f"kind {value!r}": with_tensor(kind=value) for value in (
+        "int4", "int8", "int64", "float16", "bfloat16", "float32", "load", "", 7, ["int16"], {})},
+    **{f"name {value!r}": with_tensor(name=value) for value in (3, ["a"], {}, True, "", "tok_emb", "__class__")},
     **{f"shape {value!r}": with_tensor(shape=value) for value in (
         [-64, 32], [64, -32], [-64, -32], [0, 32], [64, 0], [True, 2048], [64.0, 32], ["64", 32], [None], "ab", 5, {},
         {"a": 1}, [[64, 32]], [64, 33], [63, 32], [32, 64], [64, 32, 2], [10**12], [10**6, 10**6], [2**63, 2], [2**64],
@@ -414,21 +532,22 @@ HOSTILE = {
     "many dimensions": shaped([1] * 2000, 3), "wrong row length": with_tensor(VECTOR, shape=[7]),
     "duplicated name": with_tensor(1, name=HEADER["tensors"][0][0]),
     "duplicated tensor": altered(tensors=HEADER["tensors"] + HEADER["tensors"][:1]),
-    "two tensors of one name": twins(),
-    "extra tensor": altered(tensors=[*HEADER["tensors"], ["extra", "float16", [4]]]),
+    "two tensors of one name": twins(), "other order": altered(tensors=HEADER["tensors"][::-1]),
+    "extra tensor": altered(tensors=[*HEADER["tensors"], ["extra", "float32", [4]]]),
     "missing tensor": altered(tensors=HEADER["tensors"][:-1]),
     **{f"settings {value!r}": altered(settings=value) for value in (None, 3, "abc", [], [["a", 1]], [1], True)},
+    "missing setting": altered(settings={k: v for k, v in HEADER["settings"].items() if k != "mlp_mult"}),
     **{f"setting {name}={value!r}": with_settings(**{name: value}) for name, value in (
-        ("unknown", 1), ("num_layers", "3"), ("num_layers", 2.0), ("num_layers", 0), ("num_layers", -1),
+        ("unknown", 1), ("seed", 1), ("artifact", "x"), ("size_limit_bytes", 2**50), ("data_path", "/"), ("__class__", 1),
+        ("num_layers", "3"), ("num_layers", 2.0), ("num_layers", 0), ("num_layers", -1),
         ("num_layers", True), ("num_layers", None), ("num_layers", [2]), ("num_layers", 10**9), ("vocab_size", 2**40),
         ("model_dim", 33), ("model_dim", 0), ("num_heads", 0), ("rope_base", "x"), ("rope_base", None),
         ("rope_base", math.nan), ("rope_base", math.inf), ("rope_base", -1.0), ("head_type", "none"), ("head_type", 3),
-        ("head_type", ["tied"]), ("smear_gate", 2), ("smear_gate", "yes"),
+        ("head_type", ["tied"]), ("head_type", "untied"), ("head_variant", "pr908"), ("smear_gate", 2), ("smear_gate", "yes"),
         ("init_type", "x"), ("logit_softcap", -1.0), ("eval_stride", 10**6), ("eval_stride", "64"))},
     **{f"value layers {value!r}": with_settings(value_embed=True, ve_layers=value) for value in (9, "x", None, "1")},
 }
-# A vector of integers is odd, but whole: it may be read or refused, never crash. All others must be refused.
-TOLERATED = {"vector of integers"}
+TOLERATED = {"shape [64.0, 32]"}  # may be refused or loaded; all others must be refused
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -444,31 +563,129 @@ def test_hostile_zstd_payload_is_a_users_error(case):
     assert not refused(blob)
     change = {"trailing payload": payload + b"x", "payload cut": payload[:-9], "no payload": b""}
     assert refused(forged(header, change[case]))
-    assert refused(forged(header, PAYLOAD)) and refused(forged(RAW_HEADER, payload))
+    assert refused(forged(header, PAYLOADS)) and refused(forged(RAW_HEADER, payload))
 
 
-def peak_bytes(blob):
+@each_codec
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["skip_weights", "smear.gate", "tok_emb.weight", "blocks.1.mlp.down.weight"])
+def test_weights_that_are_no_numbers_are_refused(name, value, codec):
+    """The last two have row scales that are no numbers."""
+    need_codec(codec)
+    changes = dict(bigram_hash=False, value_embed=False, num_layers=2, compress_algo=codec)
+    model = random_model(**changes)
+    dict(model.named_parameters())[name].data.view(-1)[-1] = value
+    assert refused(whole(model, small(**changes)))
+
+
+def peak_bytes(action):
+    """Of Python, numpy, zlib and zstandard; torch's tensors are not seen."""
     tracemalloc.start()
     try:
-        assert refused(blob)
+        action()
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
+@functools.cache
+def bomb(codec):
+    """1 GiB of zeros."""
+    if codec == "zstd":
+        return need_codec(codec).ZstdCompressor(level=1).compress(bytes(2**30))
+    deflate = zlib.compressobj(9)
+    return b"".join(deflate.compress(bytes(2**20)) for _ in range(1024)) + deflate.flush()
+
+
+def claim(codec="zlib", **changes):
+    """The true header of a model of any size."""
+    s = small(compress_algo=codec, **changes)
+    with torch.device("meta"):
+        model = GPT(s)
+    tensors = train_gpt.layout(dict(model.named_parameters()), train_gpt.parameter_roles(model))
+    return {**HEADER, "codec": codec, "tensors": tensors, "settings": {name: getattr(s, name) for name in HEADER["settings"]}}
+
+
 @each_codec
-def test_nothing_large_is_allocated_for_a_lie(codec):
-    """Neither for claimed sizes, nor for a payload that inflates to 300 MB."""
+@pytest.mark.parametrize("place", ["lowest bytes", "rest", "both"])
+def test_a_bomb_is_not_inflated(place, codec):
     need_codec(codec)
-    zeros = bytes(300 * 2**20)
-    bomb = zlib.compress(zeros, 1) if codec == "zlib" else need_codec(codec).ZstdCompressor(level=1).compress(zeros)
-    for claimed in (2**16, len(zeros)):
-        blob = forged(dict(HEADER, codec=codec, tensors=[["w", "float16", [claimed // 2]]]), bomb)
-        assert peak_bytes(blob) < 4 * len(blob) + 2**22
-    for shape in ([10**12], [10**6, 10**6], [1, 10**12], [10**12, 1]):
-        for kind in ("int8", "int16", "float16", "float32"):
-            lie = forged(dict(HEADER, codec=codec, tensors=[["w", kind, shape]]), PAYLOAD)
-            assert peak_bytes(lie) < 2**20
+    header, _, payloads = header_of(genuine(codec))
+    lowest = payloads[:header["cut"]] if place == "rest" else bomb(codec)
+    rest = payloads[header["cut"]:] if place == "lowest bytes" else bomb(codec)
+    larger = claim(codec, vocab_size=2**16, model_dim=256)
+    own = 4 * sum(math.prod(shape) for _, _, shape in larger["tensors"])
+    for lie, room in ((header, 0), ({**header, "tensors": [["w", "int8", [2**30]]]}, 0), (larger, 2 * LIMIT + own)):
+        blob = with_payloads(lowest, rest, codec=None, header=lie)
+        assert peak_bytes(lambda blob=blob: refused(blob) or pytest.fail("loaded")) < 2 * len(blob) + 2**21 + room
+
+
+def wordy(unit):
+    """A header as long as may be, a list of these."""
+    return forged(b"[" + unit + (b"," + unit) * ((LONGEST_HEADER - len(unit) - 8) // (len(unit) + 1)) + b"]", b"")
+
+
+GREEDY = {
+    **{f"{shape} of {kind} and {codec}": lambda shape=shape, kind=kind, codec=codec: altered(
+        codec=codec, tensors=[["w", kind, shape]]) for shape in ([10**12], [10**6, 10**6], [1, 10**12], [10**12, 1])
+       for kind in ("int8", "int16", "float16", "float32") for codec in CODECS},
+    **{f"header of {length} bytes": lambda length=length: forged(RAW_HEADER, PAYLOADS, length)
+       for length in (2**20 - 4, 2**20, 2**31 - 1, 2**31, 2**32 - 1)},
+    **{f"settings {changes}": lambda changes=changes: with_settings(**changes) for changes in (
+        dict(num_layers=1000), dict(num_layers=1000, bigram_hash=True, value_embed=True), dict(model_dim=2**16),
+        dict(vocab_size=2**16, model_dim=2**16, mlp_mult=64, num_heads=2**10),
+        *(dict(head_type=head, head_k=64, head_rank=2**16, head_dim=2**16, model_dim=2**16) for head in HEADS))},
+    **{f"a long {name}": lambda name=name, value=value: with_settings(
+        **{"value_embed": True, name: value * (400_000 // len(value))}) for name, value in (
+        ("head_type", "tied"), ("head_type", "t"), ("init_type", "x"), ("num_layers", "1"), ("num_layers", " "),
+        ("rope_base", "1"), ("ve_layers", "0,"))},
+    **{f"JSON of {unit}": lambda unit=unit: wordy(unit) for unit in (b"[]", b"{}", b"[{}]", b'{"":0}', b"1.5", b'"ab"')}}
+
+
+@pytest.mark.parametrize("case", GREEDY)
+def test_a_lie_costs_neither_memory_nor_time(case):
+    if "zstd" in case:
+        need_codec("zstd")
+    blob = GREEDY[case]()
+    assert not refused(GENUINE)  # imports what PyTorch imports with the first model
+    begin = time.process_time()
+    assert refused(blob)
+    assert time.process_time() - begin < 1
+    assert peak_bytes(lambda: refused(blob)) < (2 * LIMIT if len(blob) > len(GENUINE) else 2**20)
+
+
+PEAK = """
+import sys, train_gpt as t
+from pathlib import Path
+world, (small, large) = t.World(), map(Path, sys.argv[1:])
+def now(figure):
+    return 1024 * int(Path("/proc/self/status").read_text().split(figure + ":")[1].split()[0])
+t.read_artifact("", small, 16e6, world)
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+before = now("VmRSS")
+try:
+    t.read_artifact("", large, 16e6, world)
+except t.UserError as error:
+    print(now("VmHWM") - before, error)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process is not measured here")
+def test_memory_for_a_file_as_large_as_may_be_that_turns_out_bad_at_its_end(tmp_path, run):
+    """Noise at the study's size, refused for its last scalar. The variable lets glibc return freed memory at once."""
+    with torch.device("meta"):
+        shapes = GPT(Hyperparameters())
+    roles, draw = train_gpt.parameter_roles(shapes), torch.Generator().manual_seed(0)
+    state = {name: torch.randn(p.shape, generator=draw) for name, p in shapes.named_parameters()}
+    own = 4 * sum(p.numel() for p in state.values())
+    state[[name for name in state if roles[name] == "scalar"][-1]].view(-1)[-1] = math.nan
+    large, small_one = tmp_path / "large", tmp_path / "small"
+    large.write_bytes(encode(state, roles, Hyperparameters(), 0.175))
+    small_one.write_bytes(GENUINE)
+    assert 0.97 * LIMIT < large.stat().st_size <= LIMIT
+    done = run(dict(PYTHONPATH=str(ROOT), MALLOC_MMAP_THRESHOLD_="65536"), "-c", PEAK, str(small_one), str(large), cwd=tmp_path)
+    assert "no number" in done.stdout, done.stderr
+    assert int(done.stdout.split()[0]) < 2 * LIMIT + own
 
 
 @budget(max_examples=150, deadline=None, derandomize=True)
@@ -484,7 +701,7 @@ def test_damage_anywhere_is_a_users_error(place, damage, bit):
 @budget(max_examples=100, deadline=None, derandomize=True)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_a_users_error(noise):
-    for blob in (noise, MAGIC + noise, sealed(noise), forged(noise, PAYLOAD), forged(RAW_HEADER, noise)):
+    for blob in (noise, MAGIC + noise, sealed(noise), forged(noise, PAYLOADS), forged(RAW_HEADER, noise)):
         assert refused(blob)
 
 
@@ -497,7 +714,7 @@ JSON = st.recursive(
 @given(data=st.data(), value=JSON)
 def test_any_json_in_any_place_of_the_header_is_read_or_a_users_error(data, value):
     header = copy.deepcopy(HEADER)
-    place = data.draw(st.sampled_from(["codec", "settings", "tensors", "tensor", "field", "setting", "whole"]))
+    place = data.draw(st.sampled_from(["codec", "cut", "settings", "tensors", "tensor", "field", "setting", "whole"]))
     if place == "whole":
         header = value
     elif place == "tensor":
@@ -508,8 +725,8 @@ def test_any_json_in_any_place_of_the_header_is_read_or_a_users_error(data, valu
         header["settings"][data.draw(st.sampled_from(sorted(header["settings"])))] = value
     else:
         header[place] = value
-    blob = forged(header, PAYLOAD)
-    if not refused(blob):  # a harmless change, as of a name or of a number within its range
+    blob = forged(header, PAYLOADS)
+    if not refused(blob):  # a harmless change, as of a number within its range
         settings, model = open_artifact(blob)
         assert isinstance(settings, Hyperparameters) and isinstance(model, GPT)
         for field in dataclasses.fields(settings):
@@ -520,7 +737,68 @@ def test_any_json_in_any_place_of_the_header_is_read_or_a_users_error(data, valu
 @pytest.mark.parametrize("flip", range(5, 200, 13))
 def test_damage_under_a_right_checksum_is_read_or_a_users_error(flip, codec):
     """A forger can also corrupt the compressed stream and seal it again."""
-    blob = GENUINE if codec == "zlib" else genuine(codec)
-    _, header, payload = header_of(blob)
+    _, header, payload = header_of(genuine(codec))
     damaged = forged(header, payload[:flip] + bytes([payload[flip] ^ 16]) + payload[flip + 1:])
     assert refused(damaged) or isinstance(open_artifact(damaged)[1], GPT)
+
+
+def mutated(data, rng):
+    """A bit flipped, bytes overwritten, inserted or removed, an end cut off, or two ranges in turn."""
+    a, b, c, d = sorted(rng.choices(range(len(data)), k=4))
+    noise = rng.randbytes(rng.randint(1, 9))
+    return rng.choice([
+        data[:a] + bytes([data[a] ^ 1 << rng.randrange(8)]) + data[a + 1:], data[:a] + noise + data[a + len(noise):],
+        data[:a] + noise + data[a:], data[:a] + data[b:], data[:a], data[:a] + data[c:d] + data[b:c] + data[a:b] + data[d:]])
+
+
+def lying(header, rng):
+    """One number, string or constant of a JSON text is another."""
+    tokens = [*re.finditer(rb'"[^"]*"|-?\d[\d.e+-]*|true|false', header)]
+    old, other = rng.choices(tokens, k=2)
+    new = rng.choice([other.group(), mutated(old.group(), rng), b"%d" % rng.randrange(1001), b"%.6g" % rng.expovariate(0.01), b"-1",
+                      b"1e999", b"NaN", b"null", b"true", b'"\\n\\u0000"', b'"1"', b"9" * 30, b"[]"])
+    return header[:old.start()] + new + header[old.end():]
+
+
+@each_codec
+def test_2000_mutated_artifacts_are_refused_or_loaded_exactly(codec):
+    """Without and with the checksum made right again; the last kind is whole but for its integers, scales and scalars."""
+    need_codec(codec)
+    rng, blob = random.Random(0), genuine(codec)
+    header, raw, payloads = header_of(blob)
+    (settings, original), loaded = unpack(blob), [0] * 5
+    for i in range(2000):
+        kind = i % len(loaded)
+        mutant = (
+            lambda: mutated(blob, rng), lambda: forged(lying(raw, rng), payloads), lambda: sealed(mutated(blob[40:], rng)),
+            lambda: forged(raw, mutated(payloads, rng)),
+            lambda: with_payloads(mutated(LOWEST, rng), mutated(REST, rng), codec, header))[kind]()
+        begin = time.process_time()
+        try:
+            stored, found = unpack(mutant)
+        except UserError as error:
+            assert str(error).isprintable()
+        else:
+            loaded[kind] += 1
+            assert list(found) == list(original) and (kind > 0 or stored == settings), i
+            for name, weight in original.items():
+                assert found[name].shape == weight.shape and found[name].isfinite().all(), (i, name)
+                assert kind > 1 or torch.equal(found[name], weight), (i, name)
+        assert time.process_time() - begin < 1, i
+    assert loaded[1] > 9 and loaded[4] > 50  # the test sees both outcomes
+
+
+@pytest.mark.parametrize("case", ["corrupt", "truncated", "foreign", "empty", "large", "directory", "pipe", "missing"])
+def test_eval_mode_refuses_what_is_no_artifact_in_one_line(case, tmp_path, run):
+    path = tmp_path / "artifact"
+    blobs = dict(corrupt=GENUINE[:-5] + b"x" + GENUINE[-4:], truncated=GENUINE[:-9], foreign=b"PK\x03\x04" + bytes(99), empty=b"",
+                 large=GENUINE + bytes(LIMIT))
+    if case in blobs:
+        path.write_bytes(blobs[case])
+    elif case == "directory":
+        path.mkdir()
+    elif case == "pipe":
+        os.mkfifo(path)  # endless; so is /dev/zero
+    done = run(dict(MODE="eval", ARTIFACT=str(path)), cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(f"error: ARTIFACT={re.escape(str(path))}: .+\n", done.stderr)
