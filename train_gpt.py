@@ -1199,17 +1199,20 @@ def expect(true: object, otherwise: str) -> None:
     if not true:
         raise ValueError(otherwise)
 
-def decompress(packed: memoryview, codec: str, size: int) -> bytes:
-    """Exactly `size` bytes, never allocating more than one beyond; ValueError for anything else."""
+def reader(packed: memoryview, codec: str) -> Callable[[int], bytes]:
+    """Reads on in a payload, inflating only as many bytes as it is asked for; fewer at the end. Raises anything for damage."""
     if codec == "zstd":
-        expect(zstd().frame_content_size(packed) == size, "a payload has another size than its tensors")
-        raw = zstd().ZstdDecompressor().decompress(packed, allow_extra_data=False)
-    else:
-        inflate = zlib.decompressobj()
-        raw = inflate.decompress(packed, size + 1)
-        expect(inflate.eof and not inflate.unused_data, "a payload does not end where it should")
-    expect(len(raw) == size, f"a payload holds {len(raw)} bytes instead of {size}")
-    return raw
+        return zstd().ZstdDecompressor().stream_reader(packed).read
+    inflate, chunks = zlib.decompressobj(), (packed[i:i + 2**16] for i in range(0, len(packed), 2**16))
+
+    def read(size: int) -> bytes:
+        parts = []
+        while size and not inflate.eof:
+            parts.append(inflate.decompress(inflate.unconsumed_tail or next(chunks), size))
+            size -= len(parts[-1])
+        expect(not inflate.unused_data and not (inflate.eof and next(chunks, None)), "a payload does not end where it should")
+        return b"".join(parts)
+    return read
 
 def zstd():
     """The zstandard module; UserError where it is not installed."""
@@ -1236,18 +1239,20 @@ def write_payloads(state: Tensors, roles: Roles, step: float, codec: str, hessia
 
 def read_payloads(packed: memoryview, cut: int, codec: str, tensors: Tensors, roles: Roles) -> dict[str, Tensor]:
     """The inverse of write_payloads, whose results meet at `cut`, for the shapes of (meta) tensors."""
-    rows = {name: p.numel() // p.size(-1) for name, p in tensors.items() if roles[name] in FINER}
-    low = {name: p.numel() if name in rows else 0 for name, p in tensors.items()}
-    high = {name: KINDS[roles[name]].itemsize * p.numel() - low[name] for name, p in tensors.items()}
-    lowest = io.BytesIO(decompress(packed[:cut], codec, sum(low.values())))
-    rest = io.BytesIO(decompress(packed[cut:], codec, sum(high.values()) + 2 * sum(rows.values())))
-    state = {}
+    def take(read: Callable[[int], bytes], size: int) -> bytes:
+        raw = read(size)
+        expect(len(raw) == size, "a payload holds less than its tensors")
+        return raw
+    lowest, rest, state = reader(packed[:cut], codec), reader(packed[cut:], codec), {}
     for name, p in tensors.items():
-        flat = from_planes([lowest.read(low[name]), rest.read(high[name])], KINDS[roles[name]])
-        if name in rows:
-            flat.view(rows[name], -1).mul_(from_planes([rest.read(2 * rows[name])], torch.bfloat16)[:, None])
+        kind, n, rows = KINDS[roles[name]], p.numel(), p.numel() // p.size(-1) if roles[name] in FINER else 0
+        low = n if rows else 0
+        flat = from_planes([take(lowest, low), take(rest, kind.itemsize * n - low)], kind)
+        if rows:
+            flat.view(rows, -1).mul_(from_planes([take(rest, 2 * rows)], torch.bfloat16)[:, None])
         expect(flat.isfinite().all(), f"{name} holds a value that is no number")
         state[name] = flat.view(p.shape)
+    expect(not lowest(1) and not rest(1), "a payload holds more than its tensors")
     return state
 
 def encode(state: Tensors, roles: Roles, settings: Hyperparameters, step: float, hessians: Tensors | None = None) -> bytes:
@@ -1276,7 +1281,6 @@ def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
     tensors, roles, cut = dict(model.named_parameters()), parameter_roles(model), header["cut"]
     expect(header["tensors"] == layout(tensors, roles) and type(cut) is int and 0 <= cut <= len(body) - end,
            "its tensors are not those of its settings")
-    expect(sum(p.numel() for p in tensors.values()) <= 64 * len(blob), "it claims more weights than it can hold")
     return stored, read_payloads(body[end:], cut, parse("COMPRESS_ALGO", header["codec"]), tensors, roles)
 
 def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:

@@ -670,7 +670,6 @@ except t.UserError as error:
 """
 
 
-@pytest.mark.xfail(reason="measured 157 MB against 140 MB: both payloads are inflated whole, beside the file and the weights")
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process is not measured here")
 def test_memory_for_a_file_as_large_as_may_be_that_turns_out_bad_at_its_end(tmp_path, run):
     """Noise at the study's size, refused for its last scalar. The variable lets glibc return freed memory at once."""
