@@ -192,9 +192,13 @@ def from_env(environ: Mapping[str, str] = os.environ, defaults: Mapping[str, obj
     own = {name: getattr(settings, name) or getattr(head, name) for name in ("head_lr", "head_matrix_lr") if name in head.uses}
     return dataclasses.replace(settings, **own)
 
+def as_text(value: object) -> str:
+    """A setting's value as its environment variable would hold it."""
+    return str(int(value) if isinstance(value, bool) else value)
+
 def variables(settings: Hyperparameters) -> dict[str, str]:
-    """All settings as environment variables would hold them."""
-    return {n.upper(): str(int(value) if isinstance(value, bool) else value) for n, value in dataclasses.asdict(settings).items()}
+    """All settings as environment variables."""
+    return {name.upper(): as_text(value) for name, value in dataclasses.asdict(settings).items()}
 
 def from_artifact(stored: Mapping[str, object]) -> Hyperparameters:
     """Settings with an artifact's as defaults; UserError where a variable contradicts its architecture."""
@@ -1273,7 +1277,7 @@ def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
     expect(end <= min(len(body), LONGEST_HEADER), "its header claims more bytes than it can have")
     header = json.loads(bytes(body[4:end]))
     expect(header["settings"].keys() == {*STORED}, "its settings are not those of this program")
-    stored = {n: parse(n.upper(), str(int(value) if isinstance(value, bool) else value)) for n, value in header["settings"].items()}
+    stored = {name: parse(name.upper(), as_text(value)) for name, value in header["settings"].items()}
     settings = Hyperparameters(**stored, mode="eval")
     check(settings, {})
     expect(settings.num_layers <= len(header["tensors"]), "its tensors are not those of its settings")
@@ -1443,7 +1447,7 @@ def claim_run(settings: Hyperparameters, facts: Mapping[str, str]) -> tuple[dict
         elif (folder / "checkpoint.pt").exists():
             state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             theirs, same = state["settings"], state["facts"] == facts
-        other = {field.upper(): value for field, value in theirs.items() if getattr(settings, field, value) != value}
+        other = {field.upper(): as_text(value) for field, value in theirs.items() if getattr(settings, field, value) != value}
     except Exception as error:  # whatever a damaged file can provoke
         raise UserError(f"{folder}: holds a damaged submission.json or checkpoint.pt ({type(error).__name__});"
                         " delete it or choose another RUN_ID") from None
@@ -1744,7 +1748,7 @@ def run_table(settings: Hyperparameters, world: World) -> int:
              "|---" * 8 + "|"]
     for runs in groups:
         bpb, size, ms, steps = ([run[name] for run in runs] for name in ("val_bpb", "bytes_total", "ms", "step_stop"))
-        differs = " ".join(f"{n.upper()}={runs[0]['key'].get(n)}" for n in differing if n != "head_type")
+        differs = " ".join(f"{n.upper()}={as_text(runs[0]['key'].get(n))}" for n in differing if n != "head_type")
         seeds, over = " ".join(str(run["seed"]) for run in runs), " OVER" if any(run["over"] for run in runs) else ""
         spread = f" +- {np.std(bpb, ddof=1):.5f}" if len(runs) > 1 else ""
         lines.append(f"| {runs[0]['head']} | {differs} | {seeds} | {np.mean(bpb):.5f}{spread}"
