@@ -94,10 +94,9 @@ def test_a_full_disk_is_found_before_training_or_stops_the_run_in_one_line(data,
     while not (tiny_disk / "runs/slow/checkpoint.pt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    with open(tiny_disk / "fill", "wb") as fill, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), open(tiny_disk / "fill", "wb", buffering=0) as fill:
         while True:
             fill.write(b"x" * 4096)
-            fill.flush()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert re.fullmatch(r"error: runs/slow/\S+: cannot be written \(No space left on device\); .*\n", err), err
