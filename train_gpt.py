@@ -6,10 +6,7 @@ higher rank than the tied softmax earn its bytes and its time?  Everything is ch
     DATA_PATH=demo python train_gpt.py                              # any machine, no data, about two minutes
     python train_gpt.py                                             # one GPU, DATA_PATH as in the challenge
     torchrun --standalone --nproc_per_node=8 train_gpt.py           # the real run
-    HEAD_TYPE=mos HEAD_K=2 HEAD_RANK=64 SEED=42 RUN_ID=mos-42 torchrun --standalone --nproc_per_node=8 train_gpt.py
-    MODE=eval ARTIFACT=runs/mos-42/final_model.int8.ptz python train_gpt.py
-    MODE=table RUNS='runs/*' python train_gpt.py                    # compare finished runs
-    MODE=bench python train_gpt.py                                  # speed on synthetic tokens
+    MODE=table RUNS='runs/*' python train_gpt.py                    # compare finished runs; also MODE=eval, MODE=bench
 
 Sections, each needing only those above it: settings, world, data, byte counts, trunk, heads, optimizers, schedule,
 evaluate, artifact, log and files, train, table, main.
@@ -28,12 +25,10 @@ import difflib
 import functools
 import glob
 import hashlib
-import importlib.util
 import io
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -51,10 +46,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+try:
+    import zstandard
+except ImportError:
+    zstandard = None  # COMPRESS_ALGO=zstd needs it
 
 class UserError(Exception):
     """A mistake of the user's: main prints it as one line, `error: ...`, and exits with code 2."""
-
 class Interrupted(Exception):
     """A signal asked the run to stop; `args[0]` is its number."""
 
@@ -68,7 +66,7 @@ model_setting = functools.partial(setting, scope="model")
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
     """All settings of a run. The defaults are the `study` preset; the variable of a field is its name in capitals."""
-    # The run
+    # The run and its data
     mode: str = setting("train", "what to do", choices=("train", "eval", "table", "bench"))
     preset: str = setting("study", "defaults: study A's, study B's, a CPU's", choices=("study", "pilot", "demo"))
     run_id: str = setting("", "folder under runs/; empty: time, head and seed")
@@ -76,11 +74,10 @@ class Hyperparameters:
     author: str = setting("", "author named in submission.json")
     github_id: str = setting("", "GitHub account named in submission.json")
     allow_near_misses: bool = setting(False, "accept variables that look like misspelt settings")
-    # Data
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin, or `demo`: Python's docs")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     vocab_size: int = model_setting(1024, "tokens in the vocabulary", 2, 65536)
-    # Trunk
+    # Trunk, then head
     num_layers: int = model_setting(11, "transformer blocks", 1, 1000)
     model_dim: int = model_setting(512, "width of the residual stream", 4, 65536)
     num_heads: int = model_setting(8, "query heads", 1, 1024)
@@ -102,7 +99,6 @@ class Hyperparameters:
     logit_softcap: float = model_setting(30.0, "c in c tanh(z / c) on the logits; 0: no cap", 0.0, 1e6)
     init_type: str = model_setting("ortho", "orthogonal, or PyTorch's own with zero output projections", choices=("ortho", "default"))
     tied_embed_init_std: float = model_setting(0.005, "standard deviation of the initial token embedding", 1e-9, 10.0)
-    # Head
     head_type: str = model_setting("tied", "output head")  # its choices are the keys of HEADS
     head_variant: str = model_setting("", "the head as a study ran it", choices=("", "pr908", "pr266"))
     head_k: int = model_setting(2, "components of the mixture", 1, 64)
@@ -157,8 +153,7 @@ class Hyperparameters:
     compress_algo: str = setting("zlib", "codec; zlib is deflate, Huffman only", choices=("zlib", "zstd"), scope="eval")
     size_limit_bytes: int = setting(16_000_000, "cap on this script's bytes plus the artifact's", 1, 2**50)
 
-PRESETS: dict[str, dict[str, object]] = dict(
-    study={},
+PRESETS: dict[str, dict[str, object]] = dict(study={},
     pilot=dict(num_layers=9, mlp_mult=2, rope_dims=0, use_ntk_rope=False, xsa_last_n=0, smear_gate=False, use_ema=False,
         ln_scale=False, value_embed=False, init_type="default", train_batch_tokens=524288, train_seq_len=1024, bigram_hash=False,
         warmdown_iters=1200, matrix_lr=0.04, scalar_lr=0.04, tied_embed_lr=0.05, muon_momentum=0.95, late_qat=False, adam_wd=0.0,
@@ -182,8 +177,8 @@ def from_env(environ: Mapping[str, str] = os.environ, defaults: Mapping[str, obj
     given = translate(environ)
     implied = "demo" if environ.get("DATA_PATH") == "demo" else "pilot" if environ.keys() & {*STUDY_B} else "study"
     explicit = dict(preset=implied) | {name.lower(): parse(name, text, source) for name, (source, text) in given.items()}
-    slow = environ.get("MODE") == "bench" and not torch.cuda.is_available()
-    small = dict(train_batch_tokens=4096, train_seq_len=256) if slow else {}
+    on_cpu = environ.get("MODE") == "bench" and not torch.cuda.is_available()
+    small = dict(train_batch_tokens=4096, train_seq_len=256) if on_cpu else {}
     settings = Hyperparameters(**{**PRESETS[explicit["preset"]], **small, **defaults, **explicit})
     if not defaults and (settings.mode == "eval" or settings.mode == "train" and settings.init_from):  # it is still in the artifact
         return settings
@@ -195,7 +190,6 @@ def from_env(environ: Mapping[str, str] = os.environ, defaults: Mapping[str, obj
 def as_text(value: object) -> str:
     """A setting's value as its environment variable would hold it."""
     return str(int(value) if isinstance(value, bool) else value)
-
 def variables(settings: Hyperparameters) -> dict[str, str]:
     """All settings as environment variables."""
     return {name.upper(): as_text(value) for name, value in dataclasses.asdict(settings).items()}
@@ -222,8 +216,7 @@ def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     rank, _, eager = (convert(name, environ.get(name, "0"), kind) for name, kind in SWITCHES.items())
     if rank < 0 or rank > 0 and head != "standard":
         raise UserError(f"RANK_DIM={rank}: must be 0 or unset, or above 0 with HEAD_TYPE=standard (factorized)")
-    silent = STUDY_B if environ.get("USE_MOS") == "0" else ()
-    heard = environ.keys() - {*silent, *(["HEAD_TYPE"] if rank else [])}  # a RANK_DIM says which head `standard` is
+    heard = environ.keys() - {*(STUDY_B if environ.get("USE_MOS") == "0" else ()), *(["HEAD_TYPE"] if rank else ())}
     ours = {**environ, "HEAD_TYPE": dict(standard="tied", mixture_softmax="mos").get(head, head)}
     said = [(name, name, ours[name]) for name in FIELDS if name in heard]
     said += [("RANK_DIM", "HEAD_TYPE", "factorized"), ("RANK_DIM", "HEAD_RANK", str(rank))] if rank else []
@@ -263,8 +256,7 @@ def value_layers(settings: Hyperparameters) -> tuple[int, ...]:
     """The layers that get a value embedding, ascending; UserError where VE_LAYERS names none of the model's."""
     texts = settings.ve_layers.split(",") if settings.value_embed else ()
     if not all(re.fullmatch(r"\s*\d{1,4}\s*", text) and int(text) < settings.num_layers for text in texts):
-        raise UserError(f"VE_LAYERS={settings.ve_layers}: must be layers in 0..{settings.num_layers - 1} separated by"
-                        " commas, as in 9,10; or set VALUE_EMBED=0")
+        raise UserError(f"VE_LAYERS={settings.ve_layers}: must be layers < {settings.num_layers} between commas, or VALUE_EMBED=0")
     return tuple(sorted({*map(int, texts)}))
 
 def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
@@ -280,6 +272,7 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
     need(s.rope_dims % 2 == 0 and s.rope_dims <= channels, "ROPE_DIMS", f"be even and at most {channels}, a head's width")
     need((s.rope_dims or channels) > 2 or not s.use_ntk_rope, "ROPE_DIMS", "rotate more than 2 channels with USE_NTK_ROPE=1")
     value_layers(s)
+    need(s.compress_algo != "zstd" or zstandard, "COMPRESS_ALGO", "be zlib, or the package zstandard be installed")
     need(s.mode == "eval" or s.train_batch_tokens % T == 0, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={T}")
     need(not 0 < s.micro_batch_tokens < T, "MICRO_BATCH_TOKENS", f"be 0 or hold a sequence, TRAIN_SEQ_LEN={T}")
     need(not s.use_fa3 or s.compute_dtype != "fp32", "COMPUTE_DTYPE", "be auto or bf16 with USE_FA3=1")
@@ -295,10 +288,9 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
     need(least <= s.head_rank, "HEAD_RANK", f"be at least {least} with HEAD_TYPE={s.head_type}")
     need(s.head_rank <= most, "HEAD_RANK", f"be at most {bound.upper()}={most} with HEAD_TYPE={s.head_type}")
     need(s.head_trainable or s.head_type != "tied", "HEAD_TRAINABLE", "be 1 with HEAD_TYPE=tied, which has no parameters of its own")
-    need(s.train_only == "all" or s.head_type != "tied" and s.head_trainable, "TRAIN_ONLY", "be all with HEAD_TYPE=tied"
-         " (it has no parameters of its own; ITERATIONS=0 scores it) and with HEAD_TRAINABLE=0")
-    need(s.head_untie_frac == 0 or s.head_trainable and s.train_only == "all", "HEAD_UNTIE_FRAC",
-         "be 0 with HEAD_TRAINABLE=0 or TRAIN_ONLY=head, where the head cannot follow the embedding")
+    need(s.train_only == "all" or s.head_type != "tied" and s.head_trainable, "TRAIN_ONLY", "be all where no head is trained")
+    follows = s.head_trainable and s.train_only == "all"
+    need(s.head_untie_frac == 0 or follows, "HEAD_UNTIE_FRAC", "be 0 with HEAD_TRAINABLE=0 or TRAIN_ONLY=head")
 
 # ---- World: one process or torchrun's many; with one, communication is skipped --------------------------------------
 PROMPT, PATIENT = 50, 600  # seconds until a silent rank counts as lost: in general, and where code is compiled or gptq runs
@@ -313,7 +305,6 @@ class World:
             raise UserError(f"RANK={self.rank}: must lie in 0..WORLD_SIZE-1 with WORLD_SIZE={self.size}; use torchrun, or unset both")
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         self.signal, self.signalled = 0, math.inf
-
     def start(self) -> None:
         """Join the process group, NCCL for CUDA tensors and gloo for CPU tensors; listen to signals."""
         backend = "gloo"
@@ -326,9 +317,7 @@ class World:
             try:
                 dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PROMPT))
             except (ValueError, RuntimeError) as error:
-                raise UserError(f"WORLD_SIZE={self.size}: the ranks cannot meet ({error}); start them with torchrun,"
-                                " or unset WORLD_SIZE") from None
-
+                raise UserError(f"WORLD_SIZE={self.size}: the ranks cannot meet ({error}); use torchrun, or unset it") from None
         def receive(number: int, frame: object) -> None:
             if time.monotonic() - self.signalled > 2:  # a second one; sooner, it is torchrun that repeats the first
                 os._exit(128 + number)
@@ -337,24 +326,20 @@ class World:
                 signal.signal(number, signal.SIG_DFL)  # a second one is not kept waiting by a long operation
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, receive)
-
     def wait_at_most(self, seconds: float) -> None:
         """From now on, a collective in which another rank is silent for so long fails."""
         if self.size > 1:
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds))
-
     def heed(self) -> None:
         """Interrupted, if a signal has come to this rank. Called where the state is whole."""
         if self.signal:
             raise Interrupted(self.signal)
-
     def heed_together(self) -> None:
         """Interrupted on every rank, if a signal has come to any."""
         flag = torch.tensor(self.signal)
         self.collective(dist.all_reduce, flag, dist.ReduceOp.MAX)
         if flag:
             raise Interrupted(int(flag))
-
     def collective(self, operation: Callable, *arguments: object, **options: object) -> None:
         """Talk with the other ranks, if any; a failure says in one line that one is gone, or that a signal ended it."""
         try:
@@ -362,35 +347,49 @@ class World:
                 operation(*arguments, **options)
         except RuntimeError as error:
             self.heed()
-            raise UserError(f"rank {self.rank}: lost touch with another rank ({str(error).splitlines()[0][:200]});"
-                            " start the same command again to resume") from None
-
+            cause = str(error).splitlines()[0][:200]
+            raise UserError(f"rank {self.rank}: lost touch with another rank ({cause}); the same command resumes") from None
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         self.collective(dist.all_reduce, tensor)
         return tensor
-
     def agree(self, value):
         """Rank 0's value, on every rank. It travels as a CPU message: the GPU is not waited for."""
         box = [value]
         self.collective(dist.broadcast_object_list, box, src=0, device=torch.device("cpu"))
         return box[0]
-
     def gather(self, part: Tensor) -> Tensor:
         """The ranks' equally shaped parts, concatenated along the first dimension in the order of ranks."""
         whole = part if self.size == 1 else part.new_empty(self.size * part.shape[0], *part.shape[1:])
         self.collective(dist.all_gather_into_tensor, whole, part.contiguous())
         return whole
-
     def average(self, tensors: list[Tensor]) -> None:
         """Mean over ranks of many tensors, in place, in one message."""
         if self.size > 1:
             flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors])).div_(self.size)
             torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))
-
     def synchronize(self) -> None:
         torch.get_device_module(self.device).synchronize()
-
+    def hardware(self) -> str:
+        cuda, cpu = self.device.type == "cuda", f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
+        return f"{self.size} x {torch.cuda.get_device_name(self.device) if cuda else cpu}"
+    def peak_memory(self) -> str:
+        """The log line: peak MiB allocated and reserved of the GPU, or of this process (twice the same)."""
+        if self.device.type == "cuda":
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        else:
+            import resource
+            allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
+    def compute_dtype(self, settings: Hyperparameters) -> torch.dtype:
+        """bf16 where the chip multiplies it fast (CUDA, AMX, AVX512-BF16), else float32, unless COMPUTE_DTYPE says so."""
+        chip = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
+        auto = torch.bfloat16 if chip or self.device.type == "cuda" else torch.float32
+        return dict(auto=auto, bf16=torch.bfloat16, fp32=torch.float32)[settings.compute_dtype]
+    def compiled(self, function: Callable, settings: Hyperparameters) -> Callable:
+        """The function compiled, where COMPILE says so; shapes are static."""
+        wanted = settings.compile == "1" or settings.compile == "auto" and self.device.type == "cuda"
+        return torch.compile(function, dynamic=False) if wanted else function
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
@@ -435,8 +434,7 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(out.fileno())
             partial.replace(path)
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 class Shards:
     """All tokens of one split as one endless sequence: after the last token comes the first again."""
@@ -463,11 +461,15 @@ class Shards:
             chunks.append(chunk)
             start, count = start + chunk.size, count - chunk.size
         return np.concatenate(chunks).astype(np.int64)
-
-def data_hash(train: Shards, val_N: Tensor) -> str:
-    """Tells data sets apart: by the train split's length and ends, and the whole validation split."""
-    ends = train.take(len(train) - 32768, 65536)
-    return hashlib.sha256(f"{len(train)} ".encode() + ends.tobytes() + val_N.cpu().numpy().tobytes()).hexdigest()
+    def unigram_bpb(self, val_N: Tensor, byte_counts: ByteCounts) -> float:
+        """Bits per byte of add-one unigram frequencies of this split's start: the mark that any model must beat."""
+        seen = np.bincount(self.take(0, min(len(self), 10_000_000)), minlength=self.vocab_size) + 1
+        bits_V = torch.from_numpy(-np.log2(seen / seen.sum())).to(val_N.device)
+        return (bits_V[val_N[1:]].sum() / byte_counts(val_N[:-1], val_N[1:]).sum()).item()
+    def fingerprint(self, val_N: Tensor) -> str:
+        """SHA-256 that tells data apart: of the train split's (this one's) length and ends, and of the whole validation split."""
+        ends = self.take(len(self) - 32768, 65536)
+        return hashlib.sha256(f"{len(self)} ".encode() + ends.tobytes() + val_N.cpu().numpy().tobytes()).hexdigest()
 
 def train_batch(shards: Shards, step: int, settings: Hyperparameters, world: World) -> list[tuple[Tensor, Tensor]]:
     """This rank's micro-batches (x_BT, y_BT): step s trains on the targets s n + 1 .. (s + 1) n for any number of ranks."""
@@ -483,13 +485,12 @@ def micro_batch_sequences(settings: Hyperparameters, world: World) -> int:
     n, T = settings.train_batch_tokens, settings.train_seq_len
     share, rest = divmod(n // T, world.size)
     if rest:
-        raise UserError(f"TRAIN_BATCH_TOKENS={n}: its {n // T} sequences do not divide evenly among {world.size} ranks;"
-                        f" use a multiple of {world.size * T}")
+        raise UserError(f"TRAIN_BATCH_TOKENS={n}: must be a multiple of {world.size * T}, whole sequences for {world.size} ranks")
     limit = settings.micro_batch_tokens or (131072 if world.device.type == "cuda" else 4096)
     return max(B for B in range(1, max(1, min(share, limit // T)) + 1) if share % B == 0)
 
 def demo_documents() -> list[str]:
-    """English text that every Python has: the topics of `help()` and the docstrings of the standard library."""
+    """English text that every Python has: the topics of `help()` and the standard library's docstrings, mixed in a fixed order."""
     from pydoc_data.topics import topics
     documents, library = [*topics.values()], Path(os.__file__).parent
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -498,7 +499,6 @@ def demo_documents() -> list[str]:
             if {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}.isdisjoint(path.relative_to(library).parts):
                 nodes = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented))
                 documents.append("\n".join(filter(None, map(ast.get_docstring, nodes))))
-    # The order is fixed, but mixes topics and modules: the validation split must look like the rest.
     return sorted((text for text in documents if len(text) > 200), key=lambda text: hashlib.sha256(text.encode()).digest())
 
 def build_demo(folder: Path, vocab_size: int) -> None:
@@ -543,15 +543,13 @@ def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteC
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
-        problem = "is no SentencePiece model, or a corrupt one" if path.is_file() else "no such file"
-        raise UserError(f"TOKENIZER_PATH={path}: {problem}") from None
+        raise UserError(f"TOKENIZER_PATH={path}: {'is no SentencePiece model' if path.is_file() else 'no such file'}") from None
     if processor.vocab_size() != vocab_size:
         raise UserError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {processor.vocab_size()} tokens")
     ids = range(vocab_size)
     control = [processor.is_control(i) or processor.is_unused(i) for i in ids]
     regular = [i for i in ids if not (control[i] or processor.is_byte(i) or processor.is_unknown(i))]
     anchor = max(regular, key=lambda i: len(processor.decode([i])))  # any piece that decodes to visible text
-
     def sizes(prefix: list[int]) -> list[int]:
         base = len(processor.decode(prefix).encode())
         texts = processor.decode([[*prefix, i] for i in ids])
@@ -560,19 +558,12 @@ def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteC
     control_V = torch.tensor(control, dtype=torch.int64, device=device)
     return lambda before, token: inside_or_first_2V[control_V[before], token]
 
-def unigram_bpb(train: Shards, val_N: Tensor, byte_counts: ByteCounts) -> float:
-    """Bits per byte of add-one unigram frequencies of the train split's start: the mark that any model must beat."""
-    seen = np.bincount(train.take(0, min(len(train), 10_000_000)), minlength=train.vocab_size) + 1
-    bits_V = torch.from_numpy(-np.log2(seen / seen.sum()))
-    return (bits_V.to(val_N.device)[val_N[1:]].sum() / byte_counts(val_N[:-1], val_N[1:]).sum()).item()
-
 # ---- Trunk: from tokens to the final normed hidden states -----------------------------------------------------------
 NORM_EPS = 1e-7  # explicit, so that it does not depend on the dtype
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, without a gain."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
-
 def at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -690,8 +681,9 @@ class ValueEmbedding(nn.Module):
         self.proj = Linear(settings, settings.ve_dim, settings.model_dim // settings.num_heads * settings.num_kv_heads, residual=True)
         self.scale = nn.Parameter(torch.tensor(0.1))
         self.layer_scale = nn.Parameter(torch.ones(len(self.layers)))
-    def forward(self, x_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.proj(self.table(x_BT).to(dtype)) * self.scale.to(dtype)
+    def forward(self, x_BT: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        value = self.proj(self.table(x_BT).to(dtype)) * self.scale.to(dtype)
+        return {layer: value * scale for layer, scale in zip(self.layers, self.layer_scale.to(dtype))}
 
 class GPT(nn.Module):
     """U-Net of blocks over token embeddings, and one output head. `compute_dtype` is that of activations and matrix products;
@@ -711,7 +703,6 @@ class GPT(nn.Module):
         self.requires_grad_(settings.train_only == "all")
         self.head = head_class(settings)(settings).requires_grad_(settings.head_trainable)
         self.head.copy_embedding(self.tok_emb.weight)
-
     def hidden(self, x_BT: Tensor) -> Tensor:
         """The final normed hidden states h_BTD: the first half of the blocks stores skips, the second adds them back."""
         starts_BT = (x_BT == BOS_ID).index_fill(1, x_BT.new_zeros(1), True)
@@ -721,76 +712,57 @@ class GPT(nn.Module):
             x = self.smear(x, starts_BT)
         x = x0 = norm(x)
         bigram = None if self.bigram is None else self.bigram(x_BT, starts_BT, dtype)
-        values = None if self.value_embed is None else self.value_embed(x_BT, dtype)
+        values = {} if self.value_embed is None else self.value_embed(x_BT, dtype)
         half, skips = len(self.blocks) // 2, []
         for layer, block in enumerate(self.blocks):
             if layer >= half and skips:
                 x = x + self.skip_weights[layer - half].to(dtype) * skips.pop()
             if bigram is not None:
                 x = x + bigram * self.bigram.layer_scale[layer].to(dtype)
-            value = None
-            if values is not None and layer in self.value_embed.layers:
-                value = values * self.value_embed.layer_scale[self.value_embed.layers.index(layer)].to(dtype)
-            x = block(x, x0, value)
+            x = block(x, x0, values.get(layer))
             if layer < half:
                 skips.append(x)
         return norm(x)
-
     def nll(self, x_BT: Tensor, y_BT: Tensor, last: int | None = None) -> Tensor:
         """Negative log-likelihoods in nats of the last `last` targets of each sequence (all by default), B x last."""
         first = 0 if last is None else x_BT.size(1) - last
         h_BTD, x_BT, y_BT = self.hidden(x_BT)[:, first:], x_BT[:, first:], y_BT[:, first:]
         return self.head.nll(h_BTD.flatten(0, 1), x_BT.flatten(), y_BT.flatten(), self.tok_emb.weight).view(y_BT.shape)
-
     def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         return self.nll(x_BT, y_BT).mean()
 
-def on_meta(settings: Hyperparameters) -> GPT:
-    """The model without memory: names and shapes."""
-    with torch.device("meta"):
-        return GPT(settings)
-
 # ---- Heads: from hidden states to log-probabilities -----------------------------------------------------------------
 class Head(nn.Module):
-    """A head is its own parameters and its logits; a mixture overrides `nll` and `log_probs` instead of `logits`.
-    h_ND are normed hidden states, x_N current tokens, y_N targets, E_VD the token embedding. A head initialises itself,
-    to equal the tied head at step 0 wherever that is possible."""
+    """A head is its own parameters, their initial values and its logits; a mixture overrides `nll` and `log_probs` instead.
+    h_ND are normed hidden states, x_N current tokens, y_N targets, E_VD the token embedding."""
     uses: tuple[str, ...] = ()  # the settings that it reads
     ranks = (1, "model_dim")  # its least HEAD_RANK, and the setting that bounds it ("": none does)
     head_lr, head_matrix_lr = 0.01, 0.001  # where the settings of these names are not set
     products_with_E = 1  # how often it multiplies by E: its FLOPs beside those of its own parameters
-
     def __init__(self, settings: Hyperparameters) -> None:
         super().__init__()
         self.softcap = settings.logit_softcap
         self.tied_logit_std = settings.tied_embed_init_std * settings.model_dim ** 0.5  # of E h at step 0
         self.roles: dict[str, str] = {}  # of its parameters, by name
         self.build(settings, settings.model_dim, settings.vocab_size, settings.head_rank)
-
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         """Declare the head's own parameters with `add`; the tied head has none."""
-
     def add(self, **roles: dict[str, Tensor]) -> None:
         """Initial values by role, which chooses the optimizer, and name: `matrix` (Muon), `vocab` (Adam at HEAD_LR), `scalar`."""
         for role, name, value in ((role, *item) for role, values in roles.items() for item in values.items()):
             setattr(self, name, nn.Parameter(value))
             self.roles[name] = role
-
     def copy_embedding(self, E_VD: Tensor) -> None:
         """What the head takes over from a new embedding; for most heads nothing."""
-
     def cap(self, z: Tensor) -> Tensor:
         """c tanh(z / c) in float32 or float64; the identity for c = 0."""
         z = at_least_fp32(z)
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
-
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         raise NotImplementedError
-
     def nll(self, h_ND: Tensor, x_N: Tensor, y_N: Tensor, E_VD: Tensor) -> Tensor:
         """Negative log-likelihood of each target in nats, nll_N."""
         return F.cross_entropy(self.logits(h_ND, x_N, E_VD), y_N, reduction="none")
-
     def log_probs(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         """Normalised log-probabilities of the whole vocabulary in nats, NxV."""
         return F.log_softmax(self.logits(h_ND, x_N, E_VD), dim=-1)
@@ -800,10 +772,11 @@ def project(x: Tensor, *weights: Tensor) -> Tensor:
     for weight in weights:
         x = F.linear(x, weight.to(x.dtype))
     return x
-
 def fan_in_normal(*shape: int) -> Tensor:
     """Normal entries of variance 1 / fan-in: a product with a unit-variance vector keeps its variance."""
     return torch.randn(*shape) / shape[-1] ** 0.5
+def orthogonal(rows: int, columns: int) -> Tensor:
+    return nn.init.orthogonal_(torch.empty(rows, columns))
 
 class Tied(Head):
     """cap(E h) (Press and Wolf 2017)."""
@@ -825,8 +798,8 @@ class Factorized(Head):
     """cap(g C A h): a softmax bottleneck of rank R with a learned scale g (study A, H1 and H2, made trainable)."""
     uses, products_with_E = ("head_lr", "head_matrix_lr", "head_rank"), 0
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
-        self.add(matrix=dict(A_RD=fan_in_normal(R, D)), vocab=dict(C_VR=fan_in_normal(V, R)),
-                 scalar=dict(g=torch.tensor(self.tied_logit_std)))
+        g = torch.tensor(self.tied_logit_std)
+        self.add(matrix=dict(A_RD=fan_in_normal(R, D)), vocab=dict(C_VR=fan_in_normal(V, R)), scalar=dict(g=g))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(h_ND, self.A_RD, self.C_VR * self.g))
 
@@ -868,8 +841,7 @@ class Bigram(Head):
 
 class MixtureOfSoftmaxes(Head):
     """log sum_k pi_k softmax(cap(E (h + U_k V_k h))), pi = softmax(G h + b) (Yang et al. 2018; tied, low-rank).
-    U = 0 starts all components at the tied head; independent V_k let their gradients differ from the first step.
-    Training needs only the K target log-probabilities, so the V-wide mixture is never formed."""
+    U = 0 starts at the tied head, where independent V_k let gradients differ; the V-wide mixture is never formed in training."""
     uses = ("head_k", "head_matrix_lr", "head_rank")
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.products_with_E = K = settings.head_k
@@ -877,7 +849,6 @@ class MixtureOfSoftmaxes(Head):
         self.add(matrix=dict(U_KDR=torch.zeros(K, D, R), V_KRD=fan_in_normal(K, R, D)),
                  scalar=dict(gate_KD=torch.zeros(K, D), gate_bias_K=torch.zeros(K)) if K > 1 else {})
     def factors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """U_DR and V_RD of each component."""
         return zip(self.U_KDR, self.V_KRD)
     def component_logits(self, h_ND: Tensor, E_VD: Tensor, U_DR: Tensor, V_RD: Tensor) -> Tensor:
         return self.cap(project(h_ND + project(h_ND, V_RD, U_DR), E_VD))
@@ -889,17 +860,13 @@ class MixtureOfSoftmaxes(Head):
     def nll(self, h_ND: Tensor, x_N: Tensor, y_N: Tensor, E_VD: Tensor) -> Tensor:
         def component(h: Tensor, E: Tensor, U: Tensor, V: Tensor, y: Tensor) -> Tensor:
             return -F.cross_entropy(self.component_logits(h, E, U, V), y, reduction="none")
-        log_p_NK = torch.stack([checkpoint(component, h_ND, E_VD, U, V, y_N, use_reentrant=False)
-                                for U, V in self.factors()], dim=-1)
+        log_p_NK = torch.stack([checkpoint(component, h_ND, E_VD, U, V, y_N, use_reentrant=False) for U, V in self.factors()], dim=-1)
         return -torch.logsumexp(self.log_pi(h_ND) + log_p_NK, dim=-1)
     def log_probs(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         parts_KNV = torch.stack([F.log_softmax(self.component_logits(h_ND, E_VD, U, V), dim=-1) for U, V in self.factors()])
         return torch.logsumexp(self.log_pi(h_ND).T[..., None] + parts_KNV, dim=0)
 
 # The heads of both studies as they ran them, to show the cause of their figures: HEAD_VARIANT.
-def orthogonal(rows: int, columns: int) -> Tensor:
-    return nn.init.orthogonal_(torch.empty(rows, columns))
-
 class FactorizedPR908(Factorized):
     """cap(C A h), orthogonal factors and no scale: |C A h| <= |h|, which bounds the logits."""
     g = 1.0
@@ -927,7 +894,6 @@ class MixturePR908(Head):
 class MixturePR266(MixtureOfSoftmaxes):
     """log sum_k pi_k softmax(E U_k V h), pi = softmax(G h): all components share one V of rank R, and there is no cap."""
     head_matrix_lr = 0.04  # study B's MATRIX_LR
-
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.products_with_E, self.gate_bias_K = settings.head_k, None
         self.add(matrix=dict(V_RD=0.02 * torch.randn(R, D), U_MR=0.02 * torch.randn(settings.head_k * D, R)),
@@ -939,8 +905,7 @@ class MixturePR266(MixtureOfSoftmaxes):
 
 HEADS: dict[str, type[Head]] = dict(
     tied=Tied, untied=Untied, factorized=Factorized, mos=MixtureOfSoftmaxes, simplex=Simplex, delta=Delta, wide=Wide, bigram=Bigram)
-VARIANTS: dict[str, type[Head]] = {
-    "factorized/pr908": FactorizedPR908, "simplex/pr908": SimplexPR908, "mos/pr908": MixturePR908, "mos/pr266": MixturePR266}
+VARIANTS = {"factorized/pr908": FactorizedPR908, "simplex/pr908": SimplexPR908, "mos/pr908": MixturePR908, "mos/pr266": MixturePR266}
 
 def head_class(s: Hyperparameters) -> type[Head]:
     """The class of HEAD_TYPE, or of its HEAD_VARIANT; UserError where it has no such variant."""
@@ -950,8 +915,7 @@ def head_class(s: Hyperparameters) -> type[Head]:
     return found
 
 # ---- Optimizers: Muon for matrices, Adam for the rest; every parameter in exactly one group -------------------------
-TRUNK_ROLES = dict(
-    table=r"(bigram|value_embed)\.table\.weight",
+TRUNK_ROLES = dict(table=r"(bigram|value_embed)\.table\.weight",
     matrix=r"(blocks\.\d+\.(attn\.(q|k|v|out)|mlp\.(up|down))|(bigram|value_embed)\.proj)\.weight",
     scalar=r"smear\.gate|skip_weights|(bigram|value_embed)\.(layer_)?scale|blocks\.\d+\.(attn\.q_gain|(attn|mlp)_scale|resid_mix)")
 
@@ -1000,25 +964,20 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update.view_as(gradient).to(params[0].dtype)), alpha=-group["lr"] * stretch)
 
-def build_optimizers(model: GPT, settings: Hyperparameters, world: World) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: GPT, s: Hyperparameters, world: World) -> list[torch.optim.Optimizer]:
     """Muon and Adam over all trainable parameters, by role; every group carries its unscaled rate as `base_lr`."""
-    roles = parameter_roles(model)
-    rates = dict(tied=settings.tied_embed_lr, table=settings.tied_embed_lr, vocab=settings.head_lr or model.head.head_lr,
-                 scalar=settings.scalar_lr, matrix=settings.matrix_lr)
+    roles, head = parameter_roles(model), model.head
+    rates = dict(tied=s.tied_embed_lr, table=s.tied_embed_lr, vocab=s.head_lr or head.head_lr, scalar=s.scalar_lr, matrix=s.matrix_lr)
     groups: dict[tuple[bool, float], dict] = {}
     for name, p in model.named_parameters():
-        matrix, rate = roles[name] == "matrix", rates[roles[name]]
-        if matrix and name.startswith("head."):
-            rate = settings.head_matrix_lr or model.head.head_matrix_lr
+        matrix = roles[name] == "matrix"
+        rate = s.head_matrix_lr or head.head_matrix_lr if matrix and name.startswith("head.") else rates[roles[name]]
         if p.requires_grad:
             groups.setdefault((matrix, rate), dict(params=[], lr=rate, base_lr=rate))["params"].append(p)
     adam, muon = ([group for (matrix, _), group in groups.items() if matrix == wanted] for wanted in (False, True))
-    optimizers = [torch.optim.AdamW(adam, betas=(settings.beta1, settings.beta2), eps=settings.adam_eps,
-                                    weight_decay=settings.adam_wd, fused=True)] if adam else []
-    if muon:
-        optimizers.append(Muon(muon, world, model.compute_dtype or torch.float32, momentum=settings.muon_momentum,
-                               weight_decay=settings.muon_weight_decay))
-    return optimizers
+    made = [torch.optim.AdamW(adam, betas=(s.beta1, s.beta2), eps=s.adam_eps, weight_decay=s.adam_wd, fused=True)] if adam else []
+    dtype = model.compute_dtype or torch.float32
+    return made + ([Muon(muon, world, dtype, momentum=s.muon_momentum, weight_decay=s.muon_weight_decay)] if muon else [])
 
 def require_gradients(model: nn.Module) -> None:
     """RuntimeError naming every trainable parameter that the first backward pass left without a gradient."""
@@ -1040,40 +999,34 @@ def learning_rate_scale(step: int, seconds: float, s: Hyperparameters) -> float:
     cap, step_seconds = s.max_wallclock_seconds, seconds / max(step, 1)
     by_time = ramp(cap - seconds, min(s.warmdown_iters * step_seconds, s.warmdown_frac * cap)) if cap else 1.0
     return min(by_steps, by_time)
-
 def progress(step: int, seconds: float, s: Hyperparameters) -> float:
-    """The share of the run that is over, by whichever end comes first."""
-    return max(step / max(s.iterations, 1), seconds / (s.max_wallclock_seconds or math.inf))
-
+    """The share of the run that is over, by whichever end comes first; 1 at the end."""
+    return max(step / s.iterations if s.iterations else 1.0, seconds / (s.max_wallclock_seconds or math.inf))
 def momentum_at(step: int, s: Hyperparameters) -> float:
     """Muon's momentum: linear from its start to its end over the warm-up."""
     done = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
     return (1 - done) * s.muon_momentum_warmup_start + done * s.muon_momentum
 
-def finished(step: int, seconds: float, s: Hyperparameters) -> bool:
-    return step >= s.iterations or 0 < s.max_wallclock_seconds <= seconds
 
 # ---- Evaluate: exact bits per byte, plain or sliding ----------------------------------------------------------------
 Validation = tuple[Tensor, ByteCounts]  # the split that is scored, int64 on the device, and its tokens' bytes
 
 @torch.inference_mode()
-def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int, s: Hyperparameters, world: World,
-             ) -> tuple[float, float]:
-    """Mean loss in nats a token, and bits per byte, over every target after the first token, each scored once.
-    Stride 0 means TRAIN_SEQ_LEN. tokens_N: the split, int64, on the world's device."""
-    nll = maybe_compile(model.nll, s, world)
+def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int, s: Hyperparameters, world: World) -> list[float]:
+    """Mean loss in nats a token, and bits per byte, over all targets of tokens_N, each scored once; stride 0: TRAIN_SEQ_LEN."""
+    nll = world.compiled(model.nll, s)
     total = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, bytes, tokens
     for x_BT, y_BT, inside_BT, scored in windows(tokens_N, stride or s.train_seq_len, s, world):
         inside = inside_BT[:, -scored:].double()
         text_bytes = byte_counts(x_BT[:, -scored:], y_BT[:, -scored:])
         total += torch.stack(((nll(x_BT, y_BT, scored) * inside).sum(), (text_bytes * inside).sum(), inside.sum()))
     nats, text_bytes, count = world.sum(total.cpu()).tolist()
-    return nats / count, nats / math.log(2) / text_bytes
+    return [nats / count, nats / math.log(2) / text_bytes]
 
 def windows(tokens_N: Tensor, stride: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """This rank's batches of windows: x_BT, y_BT, which targets exist, and how many of the last ones each window scores.
-    Window k reads T tokens from token k stride and scores what none before it did: T targets in the first, then `stride`; the
-    first that reaches the end is the last. For compiled code all batches have one shape, filled up with empty windows at the end."""
+    """This rank's batches of windows: x_BT, y_BT, which targets exist, and how many of the last ones each window scores. Window k
+    reads T tokens from k stride on and scores what none before it did; the first that reaches the end is the last. All batches
+    of a rank have one shape."""
     T, end, device = s.train_seq_len, len(tokens_N), world.device
     limit = 131072 if device.type == "cuda" else 16384
     B, count = max(1, min(s.val_batch_size // world.size, limit) // T), 1 + max(0, -(-(end - 1 - T) // stride))
@@ -1104,13 +1057,8 @@ def spectrum(model: GPT, tokens_N: Tensor, s: Hyperparameters, world: World) -> 
     return dict(contexts=len(contexts) - 1, rank_9999=1 + int((share_V < 0.9999).sum()),
                 energy_beyond_model_dim=(energy_V[s.model_dim:].sum() / energy_V.sum()).item())
 
-def maybe_compile(function: Callable, settings: Hyperparameters, world: World) -> Callable:
-    """The function compiled, where COMPILE says so; shapes are static."""
-    wanted = settings.compile == "1" or settings.compile == "auto" and world.device.type == "cuda"
-    return torch.compile(function, dynamic=False) if wanted else function
-
 # ---- Artifact: quantize, fit under the cap, pack, unpack ------------------------------------------------------------
-MAGIC = b"GPTHEAD2"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, two payloads
+MAGIC = b"GPTHEAD3"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, payloads
 LONGEST_HEADER = 800_000  # bytes; 1,000 layers need 620,000
 STORED = [name for name, scope in SCOPES.items() if scope != "run"]  # the settings in the header
 # How a tensor is stored, by its role, and how much finer its grid is: what makes logits is the most sensitive.
@@ -1147,12 +1095,10 @@ def gptq(exact: Tensor, hessian: Tensor, levels: int) -> Tensor:
     return W.round_().clamp_(-levels, levels)[:, order.argsort()]
 
 def calibrate(model: GPT, batches: Iterable[list[tuple[Tensor, Tensor]]], world: World) -> dict[str, Tensor]:
-    """gptq's Hessians: sums of x x^T over the inputs x of every Linear on these batches of all ranks, by the weight's name;
-    for an embedding that makes logits, over the final hidden states."""
+    """gptq's Hessians, sums of x x^T over all ranks' inputs x of each Linear and of the embedding that makes logits, by weight."""
     names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
     names[model.head] = "tok_emb.weight" if model.head.products_with_E else "head.D_VD"
     sums: dict[str, Tensor] = {}
-
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if name := names.get(module):
             x_ND = inputs[0].flatten(0, -2).float()
@@ -1170,8 +1116,8 @@ def on_grid(weight: Tensor, role: str, step: float) -> Tensor:
 @contextlib.contextmanager
 def rounded_weights(model: GPT, roles: Roles, step: float | None) -> Iterator[None]:
     """Inside, matrices lie on the export's grid of this step (None: as they are); gradients are taken there (late QAT)."""
-    chosen = [(p.detach(), p.detach().clone(), roles[name])
-              for name, p in model.named_parameters() if step is not None and roles[name] in FINER]
+    named = model.named_parameters() if step is not None else ()
+    chosen = [(p.detach(), p.detach().clone(), roles[name]) for name, p in named if roles[name] in FINER]
     try:
         for p, master, role in chosen:
             p.copy_(on_grid(master, role, step))
@@ -1185,7 +1131,6 @@ def planes(tensor: Tensor) -> list[bytes]:
     if not tensor.is_floating_point():
         tensor = (tensor << 1) ^ (tensor >> 8 * tensor.itemsize - 1)
     return [plane.numpy().tobytes() for plane in tensor.flatten().view(torch.uint8).view(-1, tensor.itemsize).T]
-
 def from_planes(raw: list[bytes], kind: torch.dtype) -> Tensor:
     """The inverse of `planes`, however its bytes are cut into pieces: a flat float32 tensor."""
     flat = torch.from_numpy(np.frombuffer(b"".join(raw), np.uint8).reshape(kind.itemsize, -1).T.flatten()).view(kind)
@@ -1194,7 +1139,7 @@ def from_planes(raw: list[bytes], kind: torch.dtype) -> Tensor:
 def compress(raw: bytes, codec: str, repeats: bool = False) -> bytes:
     """Deflate or zstd. Rounded weights hold no repeats: a search for them costs bytes over Huffman's code alone."""
     if codec == "zstd":
-        return zstd().ZstdCompressor(level=19 if repeats else 1).compress(raw)
+        return zstandard.ZstdCompressor(level=19 if repeats else 1).compress(raw)
     deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY if repeats else zlib.Z_HUFFMAN_ONLY)
     return deflate.compress(raw) + deflate.flush()
 
@@ -1203,94 +1148,81 @@ def expect(true: object, otherwise: str) -> None:
     if not true:
         raise ValueError(otherwise)
 
-def reader(packed: memoryview, codec: str) -> Callable[[int], bytes]:
-    """Reads on in a payload, inflating only as many bytes as it is asked for; fewer at the end. Raises anything for damage."""
+def inflate(packed: memoryview, codec: str, size: int) -> bytes:
+    """The inverse of compress for `size` bytes; no more are ever inflated. Raises anything for damage."""
     if codec == "zstd":
-        return zstd().ZstdDecompressor().stream_reader(packed).read
-    inflate, chunks = zlib.decompressobj(), (packed[i:i + 2**16] for i in range(0, len(packed), 2**16))
-
-    def read(size: int) -> bytes:
-        parts = []
-        while size and not inflate.eof:
-            parts.append(inflate.decompress(inflate.unconsumed_tail or next(chunks), size))
-            size -= len(parts[-1])
-        expect(not inflate.unused_data and not (inflate.eof and next(chunks, None)), "a payload does not end where it should")
-        return b"".join(parts)
-    return read
-
-def zstd():
-    """The zstandard module; UserError where it is not installed."""
-    if not importlib.util.find_spec("zstandard"):
-        raise UserError("COMPRESS_ALGO=zstd: the package zstandard is not installed; install it or use zlib")
-    return importlib.import_module("zstandard")
+        raw = zstandard.ZstdDecompressor().stream_reader(packed).read(size + 1)
+    else:
+        deflate = zlib.decompressobj()
+        raw = deflate.decompress(packed, size + 1)
+        expect(deflate.eof and not deflate.unused_data, "a payload does not end where it should")
+    expect(len(raw) == size, "a payload has not the size of its tensors")
+    return raw
 
 def layout(tensors: Tensors, roles: Roles) -> list[list]:
     """Name, storage type and shape of every tensor, as the header holds them."""
     return [[name, str(KINDS[roles[name]]).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
 
-def write_payloads(state: Tensors, roles: Roles, step: float, codec: str, hessians: Tensors | None = None) -> tuple[bytes, bytes]:
-    """The lowest bytes of all integers, and the rest (upper bytes, row scales, scalars), each compressed in its own way."""
+def write_payloads(state: Tensors, roles: Roles, step: float, codec: str, hessians: Tensors | None = None) -> list[bytes]:
+    """Compressed: the lowest bytes of each matrix's integers; last the rest of all (upper bytes, row scales, scalars)."""
     lowest, rest = [], []
     for name, weight in state.items():
         if roles[name] in FINER:
             integers, scale = to_grid(weight, roles[name], step, (hessians or {}).get(name))
             low, *upper = planes(integers.to(KINDS[roles[name]]))
-            lowest.append(low)
+            lowest.append(compress(low, codec))
             rest += [*upper, *planes(scale)]
         else:
             rest += planes(weight)
-    return compress(b"".join(lowest), codec), compress(b"".join(rest), codec, repeats=True)
+    return [*lowest, compress(b"".join(rest), codec, repeats=True)]
 
-def read_payloads(packed: memoryview, cut: int, codec: str, tensors: Tensors, roles: Roles) -> dict[str, Tensor]:
-    """The inverse of write_payloads, whose results meet at `cut`, for the shapes of (meta) tensors."""
-    def take(read: Callable[[int], bytes], size: int) -> bytes:
-        raw = read(size)
-        expect(len(raw) == size, "a payload holds less than its tensors")
-        return raw
-    lowest, rest, state = reader(packed[:cut], codec), reader(packed[cut:], codec), {}
+def read_payloads(packed: list[memoryview], codec: str, tensors: Tensors, roles: Roles) -> dict[str, Tensor]:
+    """The inverse of write_payloads, for the shapes of (meta) tensors."""
+    sizes = {name: (p.numel(), p.numel() // p.size(-1)) if roles[name] in FINER else (0, 0) for name, p in tensors.items()}
+    total = sum(p.numel() * KINDS[roles[name]].itemsize - sizes[name][0] + 2 * sizes[name][1] for name, p in tensors.items())
+    *lowest, last = packed
+    rest, parts, state = io.BytesIO(inflate(last, codec, total)), iter(lowest), {}
     for name, p in tensors.items():
-        kind, n, rows = KINDS[roles[name]], p.numel(), p.numel() // p.size(-1) if roles[name] in FINER else 0
-        low = n if rows else 0
-        flat = from_planes([take(lowest, low), take(rest, kind.itemsize * n - low)], kind)
+        kind, (low, rows) = KINDS[roles[name]], sizes[name]
+        flat = from_planes([inflate(next(parts), codec, low) if low else b"", rest.read(kind.itemsize * p.numel() - low)], kind)
         if rows:
-            flat.view(rows, -1).mul_(from_planes([take(rest, 2 * rows)], torch.bfloat16)[:, None])
+            flat.view(rows, -1).mul_(from_planes([rest.read(2 * rows)], torch.bfloat16)[:, None])
         expect(flat.isfinite().all(), f"{name} holds a value that is no number")
         state[name] = flat.view(p.shape)
-    expect(not lowest(1) and not rest(1), "a payload holds more than its tensors")
+    expect(not next(parts, None), "it has more payloads than tensors")
     return state
 
 def encode(state: Tensors, roles: Roles, settings: Hyperparameters, step: float, hessians: Tensors | None = None) -> bytes:
     """The artifact's bytes, a pure function of the arguments: weights, and the settings of the model and its evaluation."""
-    lowest, rest = write_payloads(state, roles, step, settings.compress_algo, hessians)
-    facts = dict(codec=settings.compress_algo, settings={name: getattr(settings, name) for name in STORED},
-                 tensors=layout(state, roles), cut=len(lowest))
+    payloads = write_payloads(state, roles, step, settings.compress_algo, hessians)
+    facts = dict(settings={name: getattr(settings, name) for name in STORED}, tensors=layout(state, roles),
+                 ends=np.cumsum([0, *map(len, payloads)]).tolist())
     header = json.dumps(facts, separators=(",", ":")).encode()
-    body = len(header).to_bytes(4, "little") + header + lowest + rest
+    body = b"".join([len(header).to_bytes(4, "little"), header, *payloads])
     return MAGIC + hashlib.sha256(body).digest() + body
 
-def decode(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """See unpack; raises anything. Nothing is inflated before all lengths agree with the file and the model of the settings."""
-    magic, digest, body = blob[:8], blob[8:40], memoryview(blob)[40:]
-    expect(magic == MAGIC, "wrong magic or another version")
-    expect(hashlib.sha256(body).digest() == digest, "checksum mismatch")
-    end = 4 + int.from_bytes(body[:4], "little")
-    expect(end <= min(len(body), LONGEST_HEADER), "its header claims more bytes than it can have")
-    header = json.loads(bytes(body[4:end]))
-    expect(header["settings"].keys() == {*STORED}, "its settings are not those of this program")
-    stored = {name: parse(name.upper(), as_text(value)) for name, value in header["settings"].items()}
-    settings = Hyperparameters(**stored, mode="eval")
-    check(settings, {})
-    expect(settings.num_layers <= len(header["tensors"]), "its tensors are not those of its settings")
-    model = on_meta(settings)
-    tensors, roles, cut = dict(model.named_parameters()), parameter_roles(model), header["cut"]
-    expect(header["tensors"] == layout(tensors, roles) and type(cut) is int and 0 <= cut <= len(body) - end,
-           "its tensors are not those of its settings")
-    return stored, read_payloads(body[end:], cut, parse("COMPRESS_ALGO", header["codec"]), tensors, roles)
-
 def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The counterpart of encode: settings, and weights in float32; UserError for anything else. Executes nothing."""
+    """The counterpart of encode: settings, and weights in float32; UserError for anything else. Executes nothing, and inflates
+    nothing before all lengths agree with the file and with the model of the settings."""
     try:
-        return decode(blob)
+        magic, digest, body = blob[:8], blob[8:40], memoryview(blob)[40:]
+        expect(magic == MAGIC, "wrong magic or another version")
+        expect(hashlib.sha256(body).digest() == digest, "checksum mismatch")
+        end = 4 + int.from_bytes(body[:4], "little")
+        expect(end <= min(len(body), LONGEST_HEADER), "its header claims more bytes than it can have")
+        header = json.loads(bytes(body[4:end]))
+        expect(header["settings"].keys() == {*STORED}, "its settings are not those of this program")
+        stored = {name: parse(name.upper(), as_text(value)) for name, value in header["settings"].items()}
+        settings = Hyperparameters(**stored, mode="eval")
+        check(settings, {})
+        expect(settings.num_layers <= len(header["tensors"]), "its tensors are not those of its settings")
+        with torch.device("meta"):  # names and shapes, no memory
+            model, payloads, ends = GPT(settings), body[end:], header["ends"]
+        tensors, roles = dict(model.named_parameters()), parameter_roles(model)
+        expect(header["tensors"] == layout(tensors, roles), "its tensors are not those of its settings")
+        expect(ends == sorted(ends) and ends[0] == 0 and ends[-1] == len(payloads), "its payloads do not lie side by side")
+        packed = [payloads[start:stop] for start, stop in zip(ends, ends[1:])]
+        return stored, read_payloads(packed, settings.compress_algo, tensors, roles)
     except UserError as error:
         raise UserError(f"was made for settings that this program refuses ({ascii(str(error))[:300]})") from None
     except Exception as error:  # whatever a hostile file can provoke in json, struct, zlib or zstandard
@@ -1310,13 +1242,11 @@ def read_artifact(variable: str, name: str, limit: float, world: World) -> tuple
         raise UserError(f"{variable}={name}: {fault}") from None
 
 def fit(size: Callable[[float], float], limit: float) -> float:
-    """The finest quantization step with size(step) <= limit, to 0.1%; 0 if plain rounding fits; 64 or more if nothing does."""
+    """The finest quantization step with size(step) <= limit, to 0.1%; 0 if plain rounding fits; 64 if nothing does."""
     if size(0.0) <= limit:
         return 0.0
-    low, high = 0.01, 0.02
-    while size(high) > limit and high < 64:
-        low, high = high, 2 * high
-    for _ in range(16):
+    low, high = 0.01, 64.0
+    for _ in range(20 if size(high) <= limit else 0):
         found = size(middle := (low * high) ** 0.5)
         low, high = (low, middle) if found <= limit else (middle, high)
         if 0.999 * limit <= found <= limit:
@@ -1333,19 +1263,19 @@ def pack(state: Tensors, roles: Roles, settings: Hyperparameters, limit: int, he
 
 def describe_packing(state: Tensors, packed: Tensors, roles: Roles, step: float) -> Iterator[str]:
     """A log line for each role of matrices: parameters, step, bytes a parameter by codec, relative squared error."""
-    codecs = ("zlib", "zstd") if importlib.util.find_spec("zstandard") else ("zlib",)
+    codecs = ("zlib", "zstd") if zstandard else ("zlib",)
     for role in (role for role in FINER if role in roles.values()):
         part = {name: weight.float().cpu() for name, weight in state.items() if roles[name] == role}
         exact, rounded = (torch.cat([tensors[name].flatten() for name in part]) for tensors in (part, packed))
         error = (rounded - exact).square().sum() / exact.square().sum().clamp_min(1e-30)
         sizes = " ".join(f"{codec} {sum(map(len, write_payloads(part, roles, step, codec))) / len(exact):.4f}" for codec in codecs)
-        yield (f"quantized {role}: {len(exact)} parameters, step {step / FINER[role]:.4g} of a row's RMS, bytes a parameter:"
-               f" {sizes}, relative squared error {error:.3g}")
+        rms = step / FINER[role]
+        yield f"quantized {role}: {len(exact)} weights, step {rms:.4g} RMS, squared error {error:.3g}, bytes a weight: {sizes}"
 
 def build_model(settings: Hyperparameters, world: World, state: Tensors | None = None) -> GPT:
     """The model on the world's device, with given weights, or with the seed's."""
     torch.manual_seed(settings.seed)
-    model = GPT(settings, compute_dtype(settings, world)).to(world.device)
+    model = GPT(settings, world.compute_dtype(settings)).to(world.device)
     if state is not None:
         model.load_state_dict(state)
     return model
@@ -1354,34 +1284,14 @@ def adopt(model: GPT, stored: Mapping[str, object], weights: Tensors, settings: 
     """Start a model from an artifact's trunk, and from its head where that is of the same type and size; says which."""
     shapes, own = ({name: tensor.shape for name, tensor in tensors} for tensors in (weights.items(), model.named_parameters()))
     same = shapes == own and all(stored[name] == getattr(settings, name) for name in ("head_type", "head_variant"))
-    same = same and settings.head_untie_frac == 0  # a head that still follows the embedding starts from it
+    same &= settings.head_untie_frac == 0  # a head that still follows the embedding starts from it
     model.load_state_dict({name: w for name, w in weights.items() if same or not name.startswith("head.")}, strict=same)
     if not same:
         model.head.copy_embedding(model.tok_emb.weight)
     return "trunk and head" if same else "trunk"
 
-def compute_dtype(settings: Hyperparameters, world: World) -> torch.dtype:
-    """bf16 where the chip multiplies it fast (CUDA, AMX, AVX512-BF16), else float32, unless COMPUTE_DTYPE says so."""
-    chip = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("amx_tile", "avx512_bf16"))
-    auto = torch.bfloat16 if chip or world.device.type == "cuda" else torch.float32
-    return dict(auto=auto, bf16=torch.bfloat16, fp32=torch.float32)[settings.compute_dtype]
-
 # ---- Log and files: everything of a run lies in runs/<RUN_ID>/ ------------------------------------------------------
 source = functools.cache(Path(__file__).read_bytes)  # this script's own bytes: they count against the size limit
-
-def hardware(world: World) -> str:
-    """The machine in words."""
-    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{world.size} x {torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else cpu}"
-
-def peak_memory(world: World) -> str:
-    """The log line: peak MiB allocated and reserved of the GPU, or of this process (twice the same)."""
-    if world.device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    else:
-        import resource
-        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"peak memory allocated: {allocated >> 20} MiB reserved: {reserved >> 20} MiB"
 
 class RunLog:
     """train.log and metrics.jsonl of one run, and the console. Silent where the folder is None (ranks above 0)."""
@@ -1406,11 +1316,24 @@ class RunLog:
         """Forget what was written after the checkpoint; with no sizes, everything."""
         for name, size in self.sizes().items() if self.folder else ():
             os.truncate(self.folder / name, min(sizes.get(name, 0), size))
+    def check_finite(self, loss: float, step: int) -> float:
+        """The loss; UserError where it is no number."""
+        if not math.isfinite(loss):
+            saved = Path(self.folder or "") / "checkpoint.pt"
+            good = saved if saved.exists() else "none"
+            raise UserError(f"step {step}: the loss is {loss}; lower the learning rates; the last good checkpoint: {good}")
+        return loss
+    def step(self, step: int, loss: float, seconds: float, scale: float, s: Hyperparameters) -> None:
+        speed = step * s.train_batch_tokens / seconds
+        left = min((s.iterations - step) * seconds / step, (s.max_wallclock_seconds or math.inf) - seconds)
+        self.write(f"step:{step}/{s.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms"
+                  f" step_avg:{1000 * seconds / step:.2f}ms lr_scale:{scale:.3f} tokens/s:{speed:.0f} eta:{max(left, 0.0):.0f}s",
+                  kind="train", step=step, train_loss=loss, train_seconds=seconds, lr_scale=scale, tokens_per_second=speed)
     def opening(self, settings: Hyperparameters, world: World, data: str, facts: Mapping[str, str]) -> None:
         """Versions, hashes, machine, data and every resolved setting: all that is needed to run it again."""
-        self.write(f"python {platform.python_version()} numpy {np.__version__} sentencepiece {sentencepiece.__version__} "
+        self.write(f"python {sys.version.split()[0]} numpy {np.__version__} sentencepiece {sentencepiece.__version__} "
                    + " ".join(f"{name}:{value}" for name, value in facts.items())
-                   + f"\nhardware: {hardware(world)}; compute dtype {compute_dtype(settings, world)}")
+                   + f"\nhardware: {world.hardware()}; compute dtype {world.compute_dtype(settings)}")
         self.write("\n".join(f"{name}={text}" for name, text in variables(settings).items()), console=False)
         self.write(data)
         if world.device.type == "cpu" and settings.use_fa3:
@@ -1449,13 +1372,13 @@ def claim_run(settings: Hyperparameters, facts: Mapping[str, str]) -> tuple[dict
             theirs, same = state["settings"], state["facts"] == facts
         other = {field.upper(): as_text(value) for field, value in theirs.items() if getattr(settings, field, value) != value}
     except Exception as error:  # whatever a damaged file can provoke
-        raise UserError(f"{folder}: holds a damaged submission.json or checkpoint.pt ({type(error).__name__});"
-                        " delete it or choose another RUN_ID") from None
+        raise UserError(f"{folder}: holds a damaged submission.json or checkpoint.pt, delete it ({type(error).__name__})") from None
     for field, value in other.items():
         raise UserError(f"{field}={variables(settings)[field]}: {name} is a run with {field}={value}; choose another RUN_ID")
     if not same:
         raise UserError(f"{name}: its checkpoint is of another source, data or torch; choose another RUN_ID")
-    needed = 2 * settings.size_limit_bytes + 40 * sum(p.numel() for p in on_meta(settings).parameters())
+    with torch.device("meta"):  # no memory
+        needed = 2 * settings.size_limit_bytes + 40 * sum(p.numel() for p in GPT(settings).parameters())
     if not theirs and shutil.disk_usage(folder).free < needed:
         raise UserError(f"{folder}: has less than {needed} bytes free; free the disk or use another folder")
     return result, state
@@ -1481,17 +1404,15 @@ class Trainer:
     def __init__(self, model: GPT, settings: Hyperparameters, world: World, facts: Mapping[str, str] = {}) -> None:
         self.model, self.settings, self.world, self.facts = model, settings, world, facts  # facts: hashes of source and data
         self.roles, self.parameters = parameter_roles(model), list(model.parameters())
-        self.loss = maybe_compile(model, settings, world)
+        self.loss = world.compiled(model, settings)
         self.optimizers = build_optimizers(model, settings, world)
         self.average = [p.detach().clone() for p in self.parameters] if settings.use_ema else []
         self.steps, self.clock, self.schedule = 0, Clock(world), settings  # schedule: less a reserve for calibration
         self.grid: float | None = None  # the quantization step of late QAT, once it has begun
         self.validated, self.whole = -1, True  # the last step that was validated; False while a step changes the state
         self.patience = PATIENT if self.loss is not model or settings.quant == "gptq" else PROMPT
-
     def step(self, batches: list[tuple[Tensor, Tensor]], scale: float, tied: bool = False) -> Tensor:
-        """Train on this rank's share of a batch; the mean loss over all ranks. Interrupted leaves all as it was before.
-        `tied`: the head's own copy of the embedding is one parameter with it, so far."""
+        """Train on this rank's share of a batch; all ranks' mean loss. `tied`: the head's copy of the embedding still follows it."""
         s, total, E, head = self.settings, torch.zeros((), device=self.world.device), self.model.tok_emb.weight, self.model.head
         with rounded_weights(self.model, self.roles, self.grid):
             for x_BT, y_BT in batches:
@@ -1521,22 +1442,19 @@ class Trainer:
             update_average(self.average, self.parameters, self.steps, s.ema_alpha)
         self.steps, self.whole = self.steps + 1, True
         return total
-
     def exported(self) -> dict[str, Tensor]:
         """The weights that the artifact will hold: the average, or the last ones."""
         return dict(zip(self.roles, self.average or [p.detach() for p in self.parameters]))
-
     def hessians(self, shards: Shards) -> dict[str, Tensor]:
         """gptq's Hessians of the weights that will be exported, from at least 65,536 training tokens."""
         count = -(-65536 // self.settings.train_batch_tokens)
         batches = (train_batch(shards, index, self.settings, self.world) for index in range(count))
         return calibrate(build_model(self.settings, self.world, self.exported()), batches, self.world)
-
     def begin(self, shards: Shards, state: Mapping[str, object] | None, log: RunLog) -> None:
         """The start, or a checkpoint's state; then WARMUP_STEPS steps that prime compiled code and caches, and are undone."""
         if state is None:
-            log.write(f"model_params:{sum(p.numel() for p in self.parameters)}")
-            log.write(f"trained_params:{sum(p.numel() for p in self.parameters if p.requires_grad)}")
+            trained = sum(p.numel() for p in self.parameters if p.requires_grad)
+            log.write(f"model_params:{sum(p.numel() for p in self.parameters)}\ntrained_params:{trained}")
         else:
             self.restore(state)
             log.write(f"resumed at step {self.steps}")
@@ -1549,61 +1467,55 @@ class Trainer:
             self.restore(before)
         if self.settings.quant == "gptq" and self.settings.max_wallclock_seconds:
             self.reserve(shards, log)
-
     def reserve(self, shards: Shards, log: RunLog) -> None:
         """Keep free of the time cap what gptq's calibration takes, measured; UserError where that is more than half."""
         cap = self.settings.max_wallclock_seconds
-        self.hessians(shards)  # the first time is slower
         clock = Clock(self.world).start()
         self.hessians(shards)
-        seconds = self.world.agree(1.2 * clock.stop())
+        seconds = self.world.agree(clock.stop())  # the first time is the slowest
         if seconds > cap / 2:
             raise UserError(f"MAX_WALLCLOCK_SECONDS={cap}: QUANT=gptq needs {seconds:.1f} s of it; raise it, or set QUANT=plain")
         self.schedule = dataclasses.replace(self.settings, max_wallclock_seconds=cap - seconds)
         log.write(f"gptq: {seconds:.2f} s of MAX_WALLCLOCK_SECONDS are reserved for its calibration")
-
     def state(self) -> dict[str, object]:
         """What a checkpoint holds, beside the settings and the log's sizes."""
         return dict(facts=dict(self.facts), steps=self.steps, seconds=self.clock.seconds(), grid=self.grid,
                     validated=self.validated, average=self.average, parameters=[p.detach() for p in self.parameters],
                     optimizers=[o.state_dict() for o in self.optimizers])
-
     @torch.no_grad()
     def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from a checkpoint's state."""
         self.steps, self.grid, self.validated, self.whole = state["steps"], state["grid"], state["validated"], True
         self.clock = Clock(self.world, state["seconds"])
         torch._foreach_copy_([*self.parameters, *self.average], [*state["parameters"], *state["average"]])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-
-def save_checkpoint(trainer: Trainer, log: RunLog) -> None:
-    """Write checkpoint.pt (rank 0; all ranks hold the same state), unless the state is broken: the one before stays."""
-    if log.folder is not None and trainer.whole and all(p.isfinite().all() for p in trainer.parameters):
-        buffer = io.BytesIO()
-        torch.save(dict(trainer.state(), settings=dataclasses.asdict(trainer.settings), sizes=log.sizes()), buffer)
-        write_whole(log.folder / "checkpoint.pt", buffer.getvalue())
-
-def check_finite(loss: float, step: int, log: RunLog) -> float:
-    """The loss; UserError where it is no number."""
-    if not math.isfinite(loss):
-        saved = Path(log.folder or "") / "checkpoint.pt"
-        raise UserError(f"step {step}: the loss is {loss}; no artifact is written; lower the learning rates; the last good"
-                        f" checkpoint: {saved if saved.exists() else 'none'}")
-    return loss
-
-def validate(trainer: Trainer, validation: Validation, seconds: float, log: RunLog) -> None:
-    """Score the present weights, plainly, and log it; UserError where the loss is no number."""
-    s, step, world = trainer.schedule, trainer.steps, trainer.world
-    world.wait_at_most(trainer.patience)
-    loss, bpb = evaluate(trainer.model, *validation, 0, s, world)
-    log.write(f"step:{step}/{s.iterations} val_loss:{check_finite(loss, step, log):.4f} val_bpb:{bpb:.4f}"
-              f" train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms",
-              kind="val", step=step, val_loss=loss, val_bpb=bpb, train_seconds=seconds)
-    if step < s.iterations and finished(step, seconds, s):
-        log.write(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{s.iterations}"
-                  + (" (the first step alone took longer than the cap)" if step == 1 else ""))
-    trainer.validated = step
+    def save(self, log: RunLog) -> None:
+        """Write checkpoint.pt (rank 0; all ranks hold the same state), unless the state is broken: the one before stays."""
+        if log.folder is not None and self.whole and all(p.isfinite().all() for p in self.parameters):
+            buffer = io.BytesIO()
+            torch.save(dict(self.state(), settings=dataclasses.asdict(self.settings), sizes=log.sizes()), buffer)
+            write_whole(log.folder / "checkpoint.pt", buffer.getvalue())
+    def validate(self, validation: Validation, seconds: float, log: RunLog) -> None:
+        """Score the present weights, plainly, and log it; UserError where the loss is no number."""
+        s, step, world = self.schedule, self.steps, self.world
+        world.wait_at_most(self.patience)
+        loss, bpb = evaluate(self.model, *validation, 0, s, world)
+        log.write(f"step:{step}/{s.iterations} val_loss:{log.check_finite(loss, step):.4f} val_bpb:{bpb:.4f}"
+                  f" train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms",
+                  kind="val", step=step, val_loss=loss, val_bpb=bpb, train_seconds=seconds)
+        if step < s.iterations and progress(step, seconds, s) >= 1:
+            log.write(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{s.iterations}"
+                      + (" (the first step alone took longer than the cap)" if step == 1 else ""))
+        self.validated = step
+    def late_grid(self, log: RunLog) -> float:
+        """The quantization step at which the present weights would fit the cap: what late QAT rounds to."""
+        roles, codec, limit = self.roles, self.settings.compress_algo, self.settings.size_limit_bytes - len(source())
+        every = max(1, sum(p.numel() for p in self.parameters) // 2**21)  # so many rows tell the size well enough
+        sample = {name: p.detach().flatten(0, -2 if roles[name] in FINER else -1)[::every].cpu()
+                  for name, p in self.model.named_parameters()}
+        grid = self.world.agree(fit(lambda step: every * sum(map(len, write_payloads(sample, roles, step, codec))), limit))
+        log.write(f"late_qat: from step {self.steps}, quantization step {grid:.4g}")
+        return grid
 
 def later(value: Tensor) -> Callable[[], float]:
     """Starts to copy a scalar to the host; the call waits for that copy, not for the work queued behind it."""
@@ -1616,53 +1528,35 @@ def train(trainer: Trainer, shards: Shards, validation: Validation, log: RunLog)
     loss, value, saved = None, math.inf, clock.seconds()
     while True:
         step, seconds = trainer.steps, world.agree(clock.seconds())
-        done = finished(step, seconds, s)
+        done = (share := progress(step, seconds, s)) >= 1
         if (done or s.val_loss_every and step % s.val_loss_every == 0) and trainer.validated != step:
-            validate(trainer, validation, clock.stop(), log)
+            trainer.validate(validation, clock.stop(), log)
             clock.start()
         if done:
             break
         if 0 < s.checkpoint_seconds <= seconds - saved:
             saved = clock.stop()
-            save_checkpoint(trainer, log)
+            trainer.save(log)
             clock.start()
         scale = learning_rate_scale(step, seconds, s)
         if s.late_qat and trainer.grid is None and scale < s.qat_threshold:
-            trainer.grid = late_grid(trainer, log)
-        tied = progress(step, seconds, s) < s.head_untie_frac
+            trainer.grid = trainer.late_grid(log)
+        tied = share < s.head_untie_frac
         before, loss = loss, later(trainer.step(train_batch(shards, step, s, world), scale, tied))
         world.wait_at_most(PROMPT)
         if before is not None:  # waits for the step before: the host runs one step ahead, no more
-            last, value = value, check_finite(before(), step, log)
+            last, value = value, log.check_finite(before(), step)
             if value > last + 1:
                 log.write(f"loss_spike: step:{step} train_loss:{last:.4f} -> {value:.4f}")
         if s.train_log_every and (trainer.steps <= 10 or trainer.steps % s.train_log_every == 0):
-            log_step(log, trainer.steps, check_finite(loss(), trainer.steps, log), clock.seconds(), scale, s)
+            log.step(trainer.steps, log.check_finite(loss(), trainer.steps), clock.seconds(), scale, s)
     hessians = trainer.hessians(shards) if s.quant == "gptq" else {}
     log.write(f"trained for {clock.stop():.2f} s" + (", gptq's calibration included" if hessians else ""))
     try:
-        save_checkpoint(trainer, log)
+        trainer.save(log)
     except UserError as error:  # a disk too full for a checkpoint may still hold the artifact
         log.write(f"no checkpoint: {error}")
     return hessians
-
-def late_grid(trainer: Trainer, log: RunLog) -> float:
-    """The quantization step at which the present weights would fit the cap: what late QAT rounds to."""
-    roles, codec, limit = trainer.roles, trainer.settings.compress_algo, trainer.settings.size_limit_bytes - len(source())
-    rows = {name: p.detach().flatten(0, -2 if roles[name] in FINER else -1) for name, p in trainer.model.named_parameters()}
-    every = max(1, sum(row.numel() for row in rows.values()) // 2**21)  # so many rows tell the size well enough
-    sample = {name: row[torch.arange(0, len(row), every)].cpu() for name, row in rows.items()}
-    grid = trainer.world.agree(fit(lambda step: every * sum(map(len, write_payloads(sample, roles, step, codec))), limit))
-    log.write(f"late_qat: from step {trainer.steps}, quantization step {grid:.4g}")
-    return grid
-
-def log_step(log: RunLog, step: int, loss: float, seconds: float, scale: float, s: Hyperparameters) -> None:
-    """The progress line of one step."""
-    speed = step * s.train_batch_tokens / seconds
-    left = min((s.iterations - step) * seconds / step, (s.max_wallclock_seconds or math.inf) - seconds)
-    log.write(f"step:{step}/{s.iterations} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms"
-              f" step_avg:{1000 * seconds / step:.2f}ms lr_scale:{scale:.3f} tokens/s:{speed:.0f} eta:{max(left, 0.0):.0f}s",
-              kind="train", step=step, train_loss=loss, train_seconds=seconds, lr_scale=scale, tokens_per_second=speed)
 
 def flops_per_token(model: GPT, s: Hyperparameters) -> float:
     """Forward and backward: 6 a weight of the blocks' matrices and of the head, 6 L D T for causal attention."""
@@ -1677,22 +1571,21 @@ def bench(s: Hyperparameters, world: World) -> int:
     T, n = s.train_seq_len, s.train_batch_tokens
     tokens = torch.randint(s.vocab_size, (n // T // world.size, T + 1), device=world.device)
     batches = [(part[:, :-1], part[:, 1:]) for part in tokens.split(micro_batch_sequences(s, world))]
-    times: list[list[float]] = [[] for _ in trainers]
-    for trainer, seconds in 13 * list(zip(trainers, times)):
+    def measured(trainer: Trainer) -> float:
         clock = Clock(world).start()
         trainer.step(batches, 1.0)
-        seconds.append(clock.stop())
-    medians = [float(np.median(seconds[3:])) for seconds in times]
+        return clock.stop()
+    medians = np.median([[measured(trainer) for trainer in trainers] for _ in range(13)][3:], axis=0).tolist()
     if world.rank > 0:
         return 0
     for trainer, seconds in zip(trainers, medians):
         flops = flops_per_token(trainer.model, trainer.settings)
         rate = flops * n / seconds / world.size
-        share = f"{rate / 989e12:.1%}" if re.search("H[12]00", hardware(world)) else "unknown peak"
+        share = f"{rate / 989e12:.1%}" if re.search("H[12]00", world.hardware()) else "unknown peak"
         print(f"bench head:{trainer.settings.head_type} {1000 * seconds:.1f} ms/step (median of 10; {n} tokens, sequence {T})"
               f" tokens/s:{n / seconds:.0f} FLOP/token:{flops / 1e6:.1f}M TFLOP/s/rank:{rate / 1e12:.3f} MFU:{share}"
               f" time to tied:{seconds / medians[0]:.3f}")
-    print(f"{hardware(world)}, {compute_dtype(s, world)}, torch {torch.__version__}; {peak_memory(world)}")
+    print(f"{world.hardware()}, {world.compute_dtype(s)}, torch {torch.__version__}; {world.peak_memory()}")
     return 0
 
 # ---- Table: compare finished runs -----------------------------------------------------------------------------------
@@ -1714,9 +1607,9 @@ def read_results(pattern: str) -> tuple[list[dict], list[str]]:
         try:
             result = json.loads((folder / "submission.json").read_text())
             key = {name: value for name, value in result["settings"].items() if name not in NOT_COMPARED}
-            results.append(dict(result, folder=folder, key=key, ms=1000 * result["wallclock_seconds"] / max(result["step_stop"], 1),
-                                seed=result["seed"], head=result["head"], val_bpb=float(result["val_bpb"]),
-                                over=result["bytes_total"] > key["size_limit_bytes"]))
+            ms, bpb = 1000 * result["wallclock_seconds"] / max(result["step_stop"], 1), float(result["val_bpb"])
+            over, seed, head = result["bytes_total"] > key["size_limit_bytes"], result["seed"], result["head"]
+            results.append(dict(result, val_bpb=bpb, seed=seed, head=head, folder=folder, key=key, ms=ms, over=over))
         except FileNotFoundError:
             remarks.append(f"{folder}: not finished")
         except Exception as error:  # whatever a damaged file can provoke
@@ -1744,8 +1637,8 @@ def run_table(settings: Hyperparameters, world: World) -> int:
     keys = [result["key"] for result in results]
     groups = [[result for result in results if result["key"] == key] for i, key in enumerate(keys) if key not in keys[:i]]
     differing = [n for n in dict.fromkeys(n for key in keys for n in key) if any(key.get(n) != keys[0].get(n) for key in keys)]
-    lines = ["| head | settings that differ | seeds | val_bpb mean +- std | against tied (Welch) | bytes | ms/step | steps |",
-             "|---" * 8 + "|"]
+    columns = ("head", "settings that differ", "seeds", "val_bpb mean +- std", "against tied (Welch)", "bytes", "ms/step", "steps")
+    lines = [f"| {' | '.join(columns)} |", "|---" * 8 + "|"]
     for runs in groups:
         bpb, size, ms, steps = ([run[name] for run in runs] for name in ("val_bpb", "bytes_total", "ms", "step_stop"))
         differs = " ".join(f"{n.upper()}={as_text(runs[0]['key'].get(n))}" for n in differing if n != "head_type")
@@ -1821,9 +1714,8 @@ def run_train(settings: Hyperparameters, world: World) -> int:
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}-{settings.head_type}-{settings.seed}"
     settings = dataclasses.replace(prepare_demo(settings, world), run_id=settings.run_id or world.agree(stamp))
     micro_batch_sequences(settings, world)
-    compress(b"", settings.compress_algo)  # a missing codec is found now
     shards, validation = Shards(Path(settings.data_path), "train", settings.vocab_size), load_validation(settings, world)
-    facts = dict(source_sha256=hashlib.sha256(source()).hexdigest(), data_sha256=data_hash(shards, validation[0]),
+    facts = dict(source_sha256=hashlib.sha256(source()).hexdigest(), data_sha256=shards.fingerprint(validation[0]),
                  pytorch_version=str(torch.__version__))
     log = RunLog(Path("runs") / settings.run_id if world.rank == 0 else None)
     result, state = world.agree(claim_run(settings, facts) if world.rank == 0 else None)
@@ -1831,7 +1723,7 @@ def run_train(settings: Hyperparameters, world: World) -> int:
         log.rewind(state["sizes"] if state else {})
         if state is None:
             log.opening(settings, world, f"data: {settings.data_path} train_tokens:{len(shards)} {settings.eval_split}_tokens:"
-                        f"{len(validation[0])} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}", facts)
+                        f"{len(validation[0])} unigram_val_bpb:{shards.unigram_bpb(*validation):.4f}", facts)
         model = build_model(settings, world)
         if start and state is None:
             log.write(f"init_from: {adopt(model, *start, settings)} of {settings.init_from}")
@@ -1840,7 +1732,7 @@ def run_train(settings: Hyperparameters, world: World) -> int:
             trainer.begin(shards, state, log)
             result = finish(trainer, train(trainer, shards, validation, log), validation, log)
         except Interrupted:
-            save_checkpoint(trainer, log)
+            trainer.save(log)
             log.write(f"interrupted at step {trainer.steps}; resume with: {command(settings, world)}")
             raise
     elif world.rank == 0:
@@ -1853,29 +1745,28 @@ def export(trainer: Trainer, hessians: Mapping[str, Tensor], path: Path, log: Ru
     blob, step = pack(weights, roles, s, s.size_limit_bytes - code, hessians)
     write_whole(path, blob)
     packed, codec = path.stat().st_size, s.compress_algo
-    total, over = code + packed, "; over the cap, so this run exits with code 3"
+    total = code + packed
+    over = "; over the cap, so this run exits with code 3" if total > s.size_limit_bytes else ""
     for line in (*describe_packing(weights, unpack(blob)[1], roles, step), f"Code size: {code} bytes",
                  f"Serialized model int8+{codec}: {packed} bytes", f"Total submission size int8+{codec}: {total} bytes",
-                 f"size_limit: {s.size_limit_bytes} bytes headroom: {s.size_limit_bytes - total} bytes"
-                 + (over if total > s.size_limit_bytes else "")):
+                 f"size_limit: {s.size_limit_bytes} bytes headroom: {s.size_limit_bytes - total} bytes{over}"):
         log.write(line)
     return dict(bytes_total=total, bytes_code=code, bytes_model_int8_zlib=packed)
 
 def finish(trainer: Trainer, hessians: Mapping[str, Tensor], validation: Validation, log: RunLog) -> dict[str, object]:
     """Score the final weights, export, reload from disk, score again, write submission.json."""
     s, world, path = trainer.settings, trainer.world, Path("runs") / trainer.settings.run_id / "final_model.int8.ptz"
-    log.write(peak_memory(world))
+    log.write(world.peak_memory())
     _, pre_loss, pre_bpb, _ = score(trainer.exported(), validation, s, world)
-    log.write(f"pre_quant val_loss:{check_finite(pre_loss, trainer.steps, log):.8f} val_bpb:{pre_bpb:.8f}")
+    log.write(f"pre_quant val_loss:{log.check_finite(pre_loss, trainer.steps):.8f} val_bpb:{pre_bpb:.8f}")
     sizes = world.agree(export(trainer, hessians, path, log) if world.rank == 0 else None)
     _, loss, bpb, eval_seconds = score(read_artifact("ARTIFACT", str(path), math.inf, world)[1], validation, s, world)
     log.write(final_lines(s.compress_algo, loss, bpb, eval_seconds))
-    result = dict(
-        author=s.author, github_id=s.github_id, name=f"{s.num_layers}L {s.head_type} head",
-        blurb=f"{s.num_layers} layers x {s.model_dim}, {s.head_type} head, {s.eval_split} split of {s.data_path}",
-        date=f"{datetime.date.today()}", track="non-record-16mb", seed=s.seed, val_loss=loss, val_bpb=bpb,
-        pre_quant_val_loss=pre_loss, pre_quant_val_bpb=pre_bpb, step_stop=trainer.steps, wallclock_seconds=trainer.clock.seconds(),
-        eval_time_seconds=eval_seconds, **sizes, hardware=hardware(world), head=s.head_type, **trainer.facts)
+    result = dict(author=s.author, github_id=s.github_id, name=f"{s.num_layers}L {s.head_type} head", track="non-record-16mb",
+        blurb=f"{s.num_layers} layers x {s.model_dim}, {s.head_type} head, {s.eval_split} split of {s.data_path}", seed=s.seed,
+        date=f"{datetime.date.today()}", val_loss=loss, val_bpb=bpb, pre_quant_val_loss=pre_loss, pre_quant_val_bpb=pre_bpb,
+        step_stop=trainer.steps, wallclock_seconds=trainer.clock.seconds(), eval_time_seconds=eval_seconds, **sizes,
+        hardware=world.hardware(), head=s.head_type, **trainer.facts)
     log.write(f"results: {path.parent}", kind="final", **result)
     result["settings"] = dataclasses.asdict(s)
     if world.rank == 0:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -97,8 +98,7 @@ def payload_bytes(weight, role, step, codec="zlib"):
 
 def stored_and_read(weight, role, step, codec="zlib"):
     state, roles = {"w": weight}, {"w": role}
-    lowest, rest = write_payloads(state, roles, step, codec)
-    return read_payloads(memoryview(lowest + rest), len(lowest), codec, state, roles)["w"]
+    return read_payloads(write_payloads(state, roles, step, codec), codec, state, roles)["w"]
 
 
 def as_exported(weight, role, step):
@@ -427,8 +427,16 @@ def genuine(codec="zlib"):
 
 GENUINE = genuine()
 HEADER, RAW_HEADER, PAYLOADS = header_of(GENUINE)
-CUT = HEADER["cut"]
-LOWEST, REST = zlib.decompress(PAYLOADS[:CUT]), zlib.decompress(PAYLOADS[CUT:])
+
+
+def parts_of(header, payloads):
+    """The compressed lowest bytes of each matrix, and the compressed rest."""
+    return [payloads[start:stop] for start, stop in itertools.pairwise(header["ends"])]
+
+
+ENDS, (*LOW_PARTS, LAST) = HEADER["ends"], parts_of(HEADER, PAYLOADS)
+RAW_PARTS, REST = [*map(zlib.decompress, LOW_PARTS)], zlib.decompress(LAST)
+LOWEST = b"".join(RAW_PARTS)
 
 
 def open_artifact(blob):
@@ -468,14 +476,18 @@ def with_settings(**changes):
     return altered(settings={**HEADER["settings"], **changes})
 
 
+def with_parts(parts, header=HEADER):
+    return forged({**header, "ends": [0, *itertools.accumulate(map(len, parts))]}, b"".join(parts))
+
+
 def with_payloads(lowest, rest, codec="zlib", header=HEADER):
-    """Other payloads, compressed here unless the codec is None."""
-    lowest, rest = (train_gpt.compress(raw, codec) if codec else raw for raw in (lowest, rest))
-    return forged({**header, "codec": codec or header["codec"], "cut": len(lowest)}, lowest + rest)
+    """Other lowest bytes of all matrices, cut where the genuine ones are, and another rest."""
+    cuts = [0, *itertools.accumulate(map(len, RAW_PARTS[:-1])), len(lowest)]
+    return with_parts([train_gpt.compress(raw, codec) for raw in (*(lowest[a:b] for a, b in itertools.pairwise(cuts)), rest)], header)
 
 
 def test_the_forgers_tools_can_make_a_genuine_artifact():
-    assert forged(RAW_HEADER, PAYLOADS) == GENUINE == altered() == with_payloads(PAYLOADS[:CUT], PAYLOADS[CUT:], codec=None)
+    assert forged(RAW_HEADER, PAYLOADS) == GENUINE == altered() == with_parts([*LOW_PARTS, LAST])
     assert not any(map(refused, (GENUINE, with_settings(rope_base=500.0), with_tensor(), with_payloads(LOWEST, REST))))
 
 
@@ -489,7 +501,7 @@ def twins():
     tensors = [*HEADER["tensors"], HEADER["tensors"][0]]
     state = {f"{i}": torch.randn(shape) for i, (_, _, shape) in enumerate(tensors)}
     roles = {f"{i}": dict(int16="tied", int8="matrix", float32="scalar")[kind] for i, (_, kind, _) in enumerate(tensors)}
-    return with_payloads(*write_payloads(state, roles, 0.0, "zlib"), codec=None, header={**HEADER, "tensors": tensors})
+    return with_parts(write_payloads(state, roles, 0.0, "zlib"), {**HEADER, "tensors": tensors})
 
 
 VECTOR = next(i for i, (_, kind, shape) in enumerate(HEADER["tensors"]) if kind == "float32" and len(shape) == 1)
@@ -499,15 +511,16 @@ HOSTILE = {
     "three bytes of body": sealed(b"abc"), "no header": sealed(bytes(4)), "zip": b"PK\x03\x04" + bytes(100),
     "wrong checksum": GENUINE[:8] + bytes(32) + GENUINE[40:], "trailing byte": GENUINE + b"x",
     "header longer than file": forged(RAW_HEADER, PAYLOADS, 2**32 - 1), "header cut": forged(RAW_HEADER, PAYLOADS, 100),
-    "header takes payload": forged(RAW_HEADER, PAYLOADS, len(RAW_HEADER) + 5), "not json": forged(b"{codec:1}", PAYLOADS),
+    "header takes payload": forged(RAW_HEADER, PAYLOADS, len(RAW_HEADER) + 5), "not json": forged(b"{ends:1}", PAYLOADS),
     "header longer than any": forged(RAW_HEADER + b" " * LONGEST_HEADER, PAYLOADS),
     "not utf-8": forged(b"\xff\xfe\xfa" + RAW_HEADER, PAYLOADS), "deep json": forged(b"[" * 200000, PAYLOADS),
     "deep settings": forged(b'{"settings":' + b'{"a":' * 100000, PAYLOADS),
     "deep closed": forged(RAW_HEADER[:-1] + b',"x":' + b"[" * 100000 + b"]" * 100000 + b"}", PAYLOADS),
-    "huge number": forged(b'{"codec":' + b"9" * 10000 + b"}", PAYLOADS),
+    "huge number": forged(b'{"ends":' + b"9" * 10000 + b"}", PAYLOADS),
     "trailing payload": forged(RAW_HEADER, PAYLOADS + b"x"), "no payload": forged(RAW_HEADER, b""),
-    "gap before the cut": with_payloads(PAYLOADS[:CUT] + b"x", PAYLOADS[CUT:], codec=None),
-    "payloads in turn": with_payloads(PAYLOADS[CUT:], PAYLOADS[:CUT], codec=None),
+    "gap between payloads": with_parts([LOW_PARTS[0] + b"x", *LOW_PARTS[1:], LAST]),
+    "payloads in turn": with_parts([LAST, *LOW_PARTS]), "payload lost": with_parts([*LOW_PARTS[1:], LAST]),
+    "payload too many": with_parts([*LOW_PARTS, LOW_PARTS[0], LAST]), "payloads overlap": altered(ends=[0, *ENDS]),
     "payload cut": forged(RAW_HEADER, PAYLOADS[:-9]), "payload not deflate": forged(RAW_HEADER, b"\0" * 50),
     **{f"payloads of {low} and {high} bytes too many": with_payloads(
         (LOWEST + b"x")[:len(LOWEST) + low], (REST + b"x")[:len(REST) + high])
@@ -515,10 +528,12 @@ HOSTILE = {
     "one scale for all rows of the last matrix": with_payloads(LOWEST, REST[:2 - 2 * HEADER["tensors"][-1][2][0]]),
     **{f"header is {value!r}": forged(json.dumps(value).encode(), PAYLOADS) for value in (None, 3, [], {}, "x", [[]])},
     **{f"no {key}": forged({k: v for k, v in HEADER.items() if k != key}, PAYLOADS) for key in HEADER},
-    **{f"codec {value!r}": altered(codec=value) for value in ("lzma", "zstd", "", None, 1, [], {})},
-    **{f"cut {value!r}": altered(cut=value) for value in (
-        -1, -CUT, CUT - len(PAYLOADS), 0, 1, CUT - 1, CUT + 1, len(PAYLOADS), len(PAYLOADS) + 1, CUT + 2**32, 10**30, True, False,
-        float(CUT), CUT + 0.5, math.nan, math.inf, str(CUT), None, [CUT], {})},
+    **{f"codec {value!r}": with_settings(compress_algo=value) for value in ("lzma", "zstd", "", None, 1, [], {})},
+    **{f"ends {value!r}": altered(ends=value) for value in (None, 3, "abc", {}, [], [0], [0, len(PAYLOADS)], ENDS[1:], ENDS[:-1],
+                                                             ENDS[::-1], [ENDS], ["0", *ENDS[1:]], [*ENDS, len(PAYLOADS)])},
+    **{f"end {value!r}": altered(ends=[*ENDS[:2], value, *ENDS[3:]]) for value in (
+        -1, -ENDS[2], ENDS[2] - len(PAYLOADS), 0, 1, ENDS[2] - 1, ENDS[2] + 1, len(PAYLOADS), len(PAYLOADS) + 1, ENDS[2] + 2**32,
+        10**30, True, False, float(ENDS[2]), ENDS[2] + 0.5, math.nan, math.inf, str(ENDS[2]), None, [ENDS[2]], {})},
     **{f"tensors {value!r}": altered(tensors=value) for value in (
         None, 3, "abc", {}, [], [1], [[]], [["a"]], {"abc": 1})},
     **{f"kind {value!r}": with_tensor(kind=value) for value in (
@@ -603,7 +618,7 @@ def claim(codec="zlib", **changes):
     with torch.device("meta"):
         model = GPT(s)
     tensors = train_gpt.layout(dict(model.named_parameters()), train_gpt.parameter_roles(model))
-    return {**HEADER, "codec": codec, "tensors": tensors, "settings": {name: getattr(s, name) for name in HEADER["settings"]}}
+    return {**HEADER, "tensors": tensors, "settings": {name: getattr(s, name) for name in HEADER["settings"]}}
 
 
 @each_codec
@@ -611,12 +626,12 @@ def claim(codec="zlib", **changes):
 def test_a_bomb_is_not_inflated(place, codec):
     need_codec(codec)
     header, _, payloads = header_of(genuine(codec))
-    lowest = payloads[:header["cut"]] if place == "rest" else bomb(codec)
-    rest = payloads[header["cut"]:] if place == "lowest bytes" else bomb(codec)
+    first, *others, last = parts_of(header, payloads)
+    parts = [first if place == "rest" else bomb(codec), *others, last if place == "lowest bytes" else bomb(codec)]
     larger = claim(codec, vocab_size=2**16, model_dim=256)
     own = 4 * sum(math.prod(shape) for _, _, shape in larger["tensors"])
     for lie, room in ((header, 0), ({**header, "tensors": [["w", "int8", [2**30]]]}, 0), (larger, 2 * LIMIT + own)):
-        blob = with_payloads(lowest, rest, codec=None, header=lie)
+        blob = with_parts(parts, lie)
         assert peak_bytes(lambda blob=blob: refused(blob) or pytest.fail("loaded")) < 2 * len(blob) + 2**21 + room
 
 
@@ -627,7 +642,8 @@ def wordy(unit):
 
 GREEDY = {
     **{f"{shape} of {kind} and {codec}": lambda shape=shape, kind=kind, codec=codec: altered(
-        codec=codec, tensors=[["w", kind, shape]]) for shape in ([10**12], [10**6, 10**6], [1, 10**12], [10**12, 1])
+        settings={**HEADER["settings"], "compress_algo": codec}, tensors=[["w", kind, shape]])
+       for shape in ([10**12], [10**6, 10**6], [1, 10**12], [10**12, 1])
        for kind in ("int8", "int16", "float16", "float32") for codec in CODECS},
     **{f"header of {length} bytes": lambda length=length: forged(RAW_HEADER, PAYLOADS, length)
        for length in (2**20 - 4, 2**20, 2**31 - 1, 2**31, 2**32 - 1)},
@@ -714,9 +730,11 @@ JSON = st.recursive(
 @given(data=st.data(), value=JSON)
 def test_any_json_in_any_place_of_the_header_is_read_or_a_users_error(data, value):
     header = copy.deepcopy(HEADER)
-    place = data.draw(st.sampled_from(["codec", "cut", "settings", "tensors", "tensor", "field", "setting", "whole"]))
+    place = data.draw(st.sampled_from(["ends", "end", "settings", "tensors", "tensor", "field", "setting", "whole"]))
     if place == "whole":
         header = value
+    elif place == "end":
+        header["ends"][data.draw(st.integers(0, len(ENDS) - 1))] = value
     elif place == "tensor":
         header["tensors"][data.draw(st.integers(0, 5))] = value
     elif place == "field":
