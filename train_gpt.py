@@ -66,7 +66,6 @@ model_setting = functools.partial(setting, scope="model")
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
     """All settings of a run. The defaults are the `study` preset; the variable of a field is its name in capitals."""
-    # The run and its data
     mode: str = setting("train", "what to do", choices=("train", "eval", "table", "bench"))
     preset: str = setting("study", "defaults: study A's, study B's, a CPU's", choices=("study", "pilot", "demo"))
     run_id: str = setting("", "folder under runs/; empty: time, head and seed")
@@ -303,6 +302,8 @@ class World:
             convert(name, os.environ.get(name, str(default)), "int") for name, default in names.items())
         if not 0 <= self.rank < self.size or self.local_rank < 0 or self.local_size < 1:
             raise UserError(f"RANK={self.rank}: must lie in 0..WORLD_SIZE-1 with WORLD_SIZE={self.size}; use torchrun, or unset both")
+        if torch.cuda.device_count() and not torch.cuda.is_available():
+            raise UserError(f"torch {torch.__version__} cannot use the GPU: install one for its driver or set CUDA_VISIBLE_DEVICES=")
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         self.signal, self.signalled = 0, math.inf
     def start(self) -> None:
@@ -316,6 +317,7 @@ class World:
         if self.size > 1:
             try:
                 dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PROMPT))
+                dist.all_reduce(torch.zeros(1, device=self.device))  # NCCL starts now, while PROMPT is enough
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"WORLD_SIZE={self.size}: the ranks cannot meet ({error}); use torchrun, or unset it") from None
         def receive(number: int, frame: object) -> None:
@@ -371,8 +373,9 @@ class World:
     def synchronize(self) -> None:
         torch.get_device_module(self.device).synchronize()
     def hardware(self) -> str:
-        cuda, cpu = self.device.type == "cuda", f"CPU {os.uname().machine}, {torch.get_num_threads()} threads"
-        return f"{self.size} x {torch.cuda.get_device_name(self.device) if cuda else cpu}"
+        if self.device.type == "cpu":
+            return f"{self.size} x CPU {os.uname().machine}, {torch.get_num_threads()} threads"
+        return f"{self.size} x {torch.cuda.get_device_name(self.device)}, cuDNN {torch.backends.cudnn.version()}"
     def peak_memory(self) -> str:
         """The log line: peak MiB allocated and reserved of the GPU, or of this process (twice the same)."""
         if self.device.type == "cuda":
@@ -387,9 +390,11 @@ class World:
         auto = torch.bfloat16 if chip or self.device.type == "cuda" else torch.float32
         return dict(auto=auto, bf16=torch.bfloat16, fp32=torch.float32)[settings.compute_dtype]
     def compiled(self, function: Callable, settings: Hyperparameters) -> Callable:
-        """The function compiled, where COMPILE says so; shapes are static."""
-        wanted = settings.compile == "1" or settings.compile == "auto" and self.device.type == "cuda"
-        return torch.compile(function, dynamic=False) if wanted else function
+        """The function compiled, where COMPILE says so, as one graph of static shapes. Its first calls may take minutes."""
+        if settings.compile == "0" or settings.compile == "auto" and self.device.type == "cpu":
+            return function
+        self.wait_at_most(PATIENT)
+        return torch.compile(function, dynamic=False, fullgraph=True)
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
@@ -785,7 +790,7 @@ class Tied(Head):
 
 class Untied(Head):
     """cap(D h); D is a copy of E, and follows it until HEAD_UNTIE_FRAC of training is over (modded-nanogpt)."""
-    uses, products_with_E = ("head_lr", "head_untie_frac"), 0
+    uses, products_with_E, head_lr = ("head_lr", "head_untie_frac"), 0, 0.004
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.add(vocab=dict(D_VD=torch.zeros(V, D)))
     @torch.no_grad()
@@ -816,7 +821,7 @@ class Simplex(Head):
 
 class Delta(Head):
     """cap((E + C A) h): the tied head and a correction of rank R; R = 0: a full one, C alone."""
-    uses, ranks = ("head_lr", "head_matrix_lr", "head_rank"), (0, "model_dim")
+    uses, ranks, head_matrix_lr = ("head_lr", "head_matrix_lr", "head_rank"), (0, "model_dim"), 0.01
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.add(matrix=dict(A_RD=fan_in_normal(R, D)) if R else {}, vocab=dict(C_VR=torch.zeros(V, R or D)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
@@ -825,7 +830,7 @@ class Delta(Head):
 
 class Wide(Head):
     """cap(E h + C relu(A h)^2): R more features than the width, so logits of true rank D + R, at their least price."""
-    uses, ranks = ("head_lr", "head_matrix_lr", "head_rank"), (1, "")
+    uses, ranks, head_matrix_lr = ("head_lr", "head_matrix_lr", "head_rank"), (1, ""), 0.01
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.add(matrix=dict(A_RD=fan_in_normal(R, D)), vocab=dict(C_VR=torch.zeros(V, R)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
@@ -833,7 +838,7 @@ class Wide(Head):
 
 class Bigram(Head):
     """cap(E h + C a[x]): the tied head and a factored bigram bias on the current token x."""
-    uses, ranks = ("head_lr", "head_rank"), (1, "vocab_size")
+    uses, ranks, head_lr = ("head_lr", "head_rank"), (1, "vocab_size"), 0.004
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.add(vocab=dict(a_VR=torch.randn(V, R), C_VR=torch.zeros(V, R)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
@@ -1024,9 +1029,8 @@ def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int,
     return [nats / count, nats / math.log(2) / text_bytes]
 
 def windows(tokens_N: Tensor, stride: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """This rank's batches of windows: x_BT, y_BT, which targets exist, and how many of the last ones each window scores. Window k
-    reads T tokens from k stride on and scores what none before it did; the first that reaches the end is the last. All batches
-    of a rank have one shape."""
+    """This rank's batches, all of one shape: x_BT, y_BT, which targets exist, how many of the last ones each window scores. Window
+    k reads T tokens from k stride on and scores what none before it did; the first that reaches the end is the last."""
     T, end, device = s.train_seq_len, len(tokens_N), world.device
     limit = 131072 if device.type == "cuda" else 16384
     B, count = max(1, min(s.val_batch_size // world.size, limit) // T), 1 + max(0, -(-(end - 1 - T) // stride))
@@ -1202,8 +1206,7 @@ def encode(state: Tensors, roles: Roles, settings: Hyperparameters, step: float,
     return MAGIC + hashlib.sha256(body).digest() + body
 
 def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The counterpart of encode: settings, and weights in float32; UserError for anything else. Executes nothing, and inflates
-    nothing before all lengths agree with the file and with the model of the settings."""
+    """The inverse of encode, weights in float32. UserError for anything else, before a byte is inflated that has no place."""
     try:
         magic, digest, body = blob[:8], blob[8:40], memoryview(blob)[40:]
         expect(magic == MAGIC, "wrong magic or another version")
@@ -1217,7 +1220,7 @@ def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
         check(settings, {})
         expect(settings.num_layers <= len(header["tensors"]), "its tensors are not those of its settings")
         with torch.device("meta"):  # names and shapes, no memory
-            model, payloads, ends = GPT(settings), body[end:], header["ends"]
+            model, payloads, ends = GPT(dataclasses.replace(settings, use_fa3=False)), body[end:], header["ends"]
         tensors, roles = dict(model.named_parameters()), parameter_roles(model)
         expect(header["tensors"] == layout(tensors, roles), "its tensors are not those of its settings")
         expect(ends == sorted(ends) and ends[0] == 0 and ends[-1] == len(payloads), "its payloads do not lie side by side")
@@ -1258,7 +1261,7 @@ def pack(state: Tensors, roles: Roles, settings: Hyperparameters, limit: int, he
     state = {name: weight.detach().float().cpu() for name, weight in state.items()}
     step = fit(lambda step: len(encode(state, roles, settings, step)), limit)
     while len(blob := encode(state, roles, settings, step, hessians)) > limit and hessians and step < 64:
-        step = max(step, 0.01) * (1.001 * len(blob) / limit) ** 1.5  # gptq's integers are a little wider spread
+        step = max(step, 0.01) * (1.0003 * len(blob) / limit) ** 3  # gptq's integers are a little wider spread
     return blob, step
 
 def describe_packing(state: Tensors, packed: Tensors, roles: Roles, step: float) -> Iterator[str]:
@@ -1269,8 +1272,7 @@ def describe_packing(state: Tensors, packed: Tensors, roles: Roles, step: float)
         exact, rounded = (torch.cat([tensors[name].flatten() for name in part]) for tensors in (part, packed))
         error = (rounded - exact).square().sum() / exact.square().sum().clamp_min(1e-30)
         sizes = " ".join(f"{codec} {sum(map(len, write_payloads(part, roles, step, codec))) / len(exact):.4f}" for codec in codecs)
-        rms = step / FINER[role]
-        yield f"quantized {role}: {len(exact)} weights, step {rms:.4g} RMS, squared error {error:.3g}, bytes a weight: {sizes}"
+        yield f"quantized {role}: {len(exact)} weights, step {step / FINER[role]:.4g} RMS, error {error:.3g}, bytes a weight: {sizes}"
 
 def build_model(settings: Hyperparameters, world: World, state: Tensors | None = None) -> GPT:
     """The model on the world's device, with given weights, or with the seed's."""
@@ -1410,7 +1412,6 @@ class Trainer:
         self.steps, self.clock, self.schedule = 0, Clock(world), settings  # schedule: less a reserve for calibration
         self.grid: float | None = None  # the quantization step of late QAT, once it has begun
         self.validated, self.whole = -1, True  # the last step that was validated; False while a step changes the state
-        self.patience = PATIENT if self.loss is not model or settings.quant == "gptq" else PROMPT
     def step(self, batches: list[tuple[Tensor, Tensor]], scale: float, tied: bool = False) -> Tensor:
         """Train on this rank's share of a batch; all ranks' mean loss. `tied`: the head's copy of the embedding still follows it."""
         s, total, E, head = self.settings, torch.zeros((), device=self.world.device), self.model.tok_emb.weight, self.model.head
@@ -1447,6 +1448,7 @@ class Trainer:
         return dict(zip(self.roles, self.average or [p.detach() for p in self.parameters]))
     def hessians(self, shards: Shards) -> dict[str, Tensor]:
         """gptq's Hessians of the weights that will be exported, from at least 65,536 training tokens."""
+        self.world.wait_at_most(PATIENT)
         count = -(-65536 // self.settings.train_batch_tokens)
         batches = (train_batch(shards, index, self.settings, self.world) for index in range(count))
         return calibrate(build_model(self.settings, self.world, self.exported()), batches, self.world)
@@ -1458,7 +1460,6 @@ class Trainer:
         else:
             self.restore(state)
             log.write(f"resumed at step {self.steps}")
-        self.world.wait_at_most(self.patience)
         before = copy.deepcopy(self.state())
         try:
             for index in range(self.settings.warmup_steps):
@@ -1498,7 +1499,6 @@ class Trainer:
     def validate(self, validation: Validation, seconds: float, log: RunLog) -> None:
         """Score the present weights, plainly, and log it; UserError where the loss is no number."""
         s, step, world = self.schedule, self.steps, self.world
-        world.wait_at_most(self.patience)
         loss, bpb = evaluate(self.model, *validation, 0, s, world)
         log.write(f"step:{step}/{s.iterations} val_loss:{log.check_finite(loss, step):.4f} val_bpb:{bpb:.4f}"
                   f" train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms",
@@ -1747,10 +1747,9 @@ def export(trainer: Trainer, hessians: Mapping[str, Tensor], path: Path, log: Ru
     packed, codec = path.stat().st_size, s.compress_algo
     total = code + packed
     over = "; over the cap, so this run exits with code 3" if total > s.size_limit_bytes else ""
-    for line in (*describe_packing(weights, unpack(blob)[1], roles, step), f"Code size: {code} bytes",
-                 f"Serialized model int8+{codec}: {packed} bytes", f"Total submission size int8+{codec}: {total} bytes",
-                 f"size_limit: {s.size_limit_bytes} bytes headroom: {s.size_limit_bytes - total} bytes{over}"):
-        log.write(line)
+    log.write("\n".join((*describe_packing(weights, unpack(blob)[1], roles, step), f"Code size: {code} bytes",
+        f"Serialized model int8+{codec}: {packed} bytes", f"Total submission size int8+{codec}: {total} bytes",
+        f"size_limit: {s.size_limit_bytes} bytes headroom: {s.size_limit_bytes - total} bytes{over}")))
     return dict(bytes_total=total, bytes_code=code, bytes_model_int8_zlib=packed)
 
 def finish(trainer: Trainer, hessians: Mapping[str, Tensor], validation: Validation, log: RunLog) -> dict[str, object]:
