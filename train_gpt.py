@@ -35,6 +35,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -76,7 +77,6 @@ class Hyperparameters:
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin, or `demo`: Python's docs")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     vocab_size: int = model_setting(1024, "tokens in the vocabulary", 2, 65536)
-    # Trunk, then head
     num_layers: int = model_setting(11, "transformer blocks", 1, 1000)
     model_dim: int = model_setting(512, "width of the residual stream", 4, 65536)
     num_heads: int = model_setting(8, "query heads", 1, 1024)
@@ -105,7 +105,6 @@ class Hyperparameters:
     head_dim: int = model_setting(128, "corners of the simplex", 2, 65536)
     head_untie_frac: float = setting(0.0, "share of training after which the untied head leaves the embedding", 0.0, 1.0)
     head_trainable: bool = setting(True, "train the head's own parameters; 0: they stay as they start")
-    # Training
     train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", 1, 2**30)
     train_seq_len: int = model_setting(2048, "tokens a sequence, in training and evaluation", 1, 2**24)
     micro_batch_tokens: int = setting(0, "tokens of one forward pass on one rank; 0: 131072 on CUDA, else 4096", 0, 2**30)
@@ -122,7 +121,6 @@ class Hyperparameters:
     compute_dtype: str = setting("auto", "of products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"), scope="eval")
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"), scope="eval")
     use_fa3: bool = setting(False, "flash-attention 3 (package flash_attn_interface) on CUDA; off: PyTorch's SDPA", scope="eval")
-    # Optimizers
     matrix_lr: float = setting(0.025, "Muon's learning rate: matrices of the trunk", 0.0, 100.0)
     scalar_lr: float = setting(0.025, "Adam's learning rate: scales, gains, gates, biases", 0.0, 100.0)
     tied_embed_lr: float = setting(0.035, "Adam's learning rate: token, bigram and value tables", 0.0, 100.0)
@@ -141,7 +139,6 @@ class Hyperparameters:
     ema_alpha: float = setting(0.997, "the average's decay a step, min(EMA_ALPHA, (1 + t) / (10 + t))", 0.0, 0.999999)
     late_qat: bool = setting(True, "train through the export's rounding at the end")
     qat_threshold: float = setting(0.15, "learning-rate scale below which late QAT starts", 0.0, 1.0)
-    # Evaluation and artifact
     eval_stride: int = setting(64, "tokens scored a window in the final evaluation; 0: TRAIN_SEQ_LEN", 0, 2**24, scope="eval")
     val_batch_size: int = setting(524288, "tokens of one evaluation batch, over all ranks", 1, 2**30, scope="eval")
     quant: str = setting("plain", "rounding of the matrices to the artifact's grid", choices=("plain", "gptq"))
@@ -206,7 +203,7 @@ def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Per setting the variable that says it and its text; UserError for one that is misspelt, not implemented or contradicts."""
     known = {*FIELDS, *PUBLISHED_CONSTANTS, *ALIASES, *SWITCHES}
     for name in sorted(environ.keys() - known if environ.get("ALLOW_NEAR_MISSES") != "1" else ()):
-        for likely in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+        for likely in difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85):
             raise UserError(f"{name}={environ[name]}: did you mean {likely}? If not, set ALLOW_NEAR_MISSES=1")
     for name, value in PUBLISHED_CONSTANTS.items():
         if environ.get(name, value) != value and (torch.cuda.is_available() or not name.startswith("FLASH_ATTN")):
@@ -216,7 +213,7 @@ def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     if rank < 0 or rank > 0 and head != "standard":
         raise UserError(f"RANK_DIM={rank}: must be 0 or unset, or above 0 with HEAD_TYPE=standard (factorized)")
     heard = environ.keys() - {*(STUDY_B if environ.get("USE_MOS") == "0" else ()), *(["HEAD_TYPE"] if rank else ())}
-    ours = {**environ, "HEAD_TYPE": dict(standard="tied", mixture_softmax="mos").get(head, head)}
+    ours = {**environ, "HEAD_TYPE": dict(standard="tied", mixture_softmax="mos", best="untied").get(head, head)}
     said = [(name, name, ours[name]) for name in FIELDS if name in heard]
     said += [("RANK_DIM", "HEAD_TYPE", "factorized"), ("RANK_DIM", "HEAD_RANK", str(rank))] if rank else []
     said += [(name, "HEAD_TYPE", "mos") for name in STUDY_B if name in heard]
@@ -251,11 +248,11 @@ def parse(name: str, text: str, source: str = ""):
         raise UserError(f"{source}={text}: must be {bound}")
     return value
 
-def value_layers(settings: Hyperparameters) -> tuple[int, ...]:
+def value_layers(s: Hyperparameters) -> tuple[int, ...]:
     """The layers that get a value embedding, ascending; UserError where VE_LAYERS names none of the model's."""
-    texts = settings.ve_layers.split(",") if settings.value_embed else ()
-    if not all(re.fullmatch(r"\s*\d{1,4}\s*", text) and int(text) < settings.num_layers for text in texts):
-        raise UserError(f"VE_LAYERS={settings.ve_layers}: must be layers < {settings.num_layers} between commas, or VALUE_EMBED=0")
+    texts = s.ve_layers.split(",") if s.value_embed else ()
+    if not all(re.fullmatch(r"\s*\d{1,4}\s*", text) and int(text) < s.num_layers for text in texts):
+        raise UserError(f"VE_LAYERS={s.ve_layers}: must be layers in 0..{s.num_layers - 1} between commas; or set VALUE_EMBED=0")
     return tuple(sorted({*map(int, texts)}))
 
 def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
@@ -275,8 +272,11 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
     need(s.mode == "eval" or s.train_batch_tokens % T == 0, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={T}")
     need(not 0 < s.micro_batch_tokens < T, "MICRO_BATCH_TOKENS", f"be 0 or hold a sequence, TRAIN_SEQ_LEN={T}")
     need(not s.use_fa3 or s.compute_dtype != "fp32", "COMPUTE_DTYPE", "be auto or bf16 with USE_FA3=1")
+    need(s.data_path != "demo" or "TOKENIZER_PATH" not in given, "TOKENIZER_PATH", "be unset with DATA_PATH=demo, which has its own")
     need(s.eval_stride <= T, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={T}")
     need(re.fullmatch(r"(?!\.+\Z)[\w.-]{0,200}", s.run_id, re.A), "RUN_ID", "be a folder name of letters, digits, '.', '_' and '-'")
+    for name, mode in dict(ARTIFACT="eval", EVAL_SPECTRUM="eval", RUNS="table", INIT_FROM="train").items():
+        need(s.mode == mode or variables(s)[name] == as_text(FIELDS[name].default), name, f"be unset but for MODE={mode}")
     head = head_class(s)
     for name, (source, text) in given.items():
         users = ", ".join(other for other, cls in HEADS.items() if name.lower() in cls.uses)
@@ -327,7 +327,8 @@ class World:
             if self.size == 1 and number != signal.SIGHUP:  # a closed terminal may hang up twice
                 signal.signal(number, signal.SIG_DFL)  # a second one is not kept waiting by a long operation
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, receive)
     def wait_at_most(self, seconds: float) -> None:
         """From now on, a collective in which another rank is silent for so long fails."""
         if self.size > 1:
@@ -370,8 +371,6 @@ class World:
         if self.size > 1:
             flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors])).div_(self.size)
             torch._foreach_copy_(tensors, torch._utils._unflatten_dense_tensors(flat, tensors))
-    def synchronize(self) -> None:
-        torch.get_device_module(self.device).synchronize()
     def hardware(self) -> str:
         if self.device.type == "cpu":
             return f"{self.size} x CPU {os.uname().machine}, {torch.get_num_threads()} threads"
@@ -395,9 +394,6 @@ class World:
             return function
         self.wait_at_most(PATIENT)
         return torch.compile(function, dynamic=False, fullgraph=True)
-    def close(self) -> None:
-        if self.size > 1:
-            dist.destroy_process_group()
 
 # ---- Data: shards, the batch stream, the demo corpus ----------------------------------------------------------------
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
@@ -461,6 +457,8 @@ class Shards:
             start %= len(self)
             index = int(np.searchsorted(self.starts, start, side="right")) - 1
             path, chunk = self.paths[index], self.parts[index][start - self.starts[index]:][:count]
+            if path.stat().st_size != 4 * HEADER_INTS + self.parts[index].nbytes:
+                raise UserError(f"{path}: its size has changed; leave the data alone while a run uses it")
             if (top := int(chunk.max())) >= self.vocab_size:
                 raise UserError(f"{path}: holds token id {top}, but VOCAB_SIZE={self.vocab_size}; use the tokenizer of the data")
             chunks.append(chunk)
@@ -537,6 +535,7 @@ def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
     folder = Path("data/demo" if settings.vocab_size == 1024 else f"data/demo-{settings.vocab_size}")
     if world.local_rank == 0:
         build_demo(folder, settings.vocab_size)
+    world.wait_at_most(PATIENT)
     world.sum(torch.zeros(1))  # all wait for all
     return dataclasses.replace(settings, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
 
@@ -545,21 +544,22 @@ ByteCounts = Callable[[Tensor, Tensor], Tensor]  # (token before, token) -> byte
 
 def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteCounts:
     """A token's bytes after another token; they add up to a document's decoded text. UserError for a bad or other-sized model."""
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError):
-        raise UserError(f"TOKENIZER_PATH={path}: {'is no SentencePiece model' if path.is_file() else 'no such file'}") from None
-    if processor.vocab_size() != vocab_size:
-        raise UserError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {processor.vocab_size()} tokens")
     ids = range(vocab_size)
-    control = [processor.is_control(i) or processor.is_unused(i) for i in ids]
-    regular = [i for i in ids if not (control[i] or processor.is_byte(i) or processor.is_unknown(i))]
-    anchor = max(regular, key=lambda i: len(processor.decode([i])))  # any piece that decodes to visible text
     def sizes(prefix: list[int]) -> list[int]:
         base = len(processor.decode(prefix).encode())
         texts = processor.decode([[*prefix, i] for i in ids])
         return [0 if control[i] else 1 if processor.is_byte(i) else len(texts[i].encode()) - base for i in ids]
-    inside_or_first_2V = torch.tensor([sizes([anchor]), sizes([])], device=device)
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path) if path.is_file() else "no such file")
+        if processor.vocab_size() != vocab_size:
+            raise UserError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {processor.vocab_size()} tokens")
+        control = [processor.is_control(i) or processor.is_unused(i) for i in ids]
+        regular = [i for i in ids if not (control[i] or processor.is_byte(i) or processor.is_unknown(i))]
+        anchor = max(regular, key=lambda i: len(processor.decode([i])))  # any piece that decodes to visible text
+        inside, first = sizes([anchor]), sizes([])
+    except (RuntimeError, OSError, ValueError, TypeError):  # whatever sentencepiece raises for a damaged model
+        raise UserError(f"TOKENIZER_PATH={path}: {'is no SentencePiece model' if path.is_file() else 'no such file'}") from None
+    inside_or_first_2V = torch.tensor([inside, first], device=device)
     control_V = torch.tensor(control, dtype=torch.int64, device=device)
     return lambda before, token: inside_or_first_2V[control_V[before], token]
 
@@ -984,17 +984,6 @@ def build_optimizers(model: GPT, s: Hyperparameters, world: World) -> list[torch
     dtype = model.compute_dtype or torch.float32
     return made + ([Muon(muon, world, dtype, momentum=s.muon_momentum, weight_decay=s.muon_weight_decay)] if muon else [])
 
-def require_gradients(model: nn.Module) -> None:
-    """RuntimeError naming every trainable parameter that the first backward pass left without a gradient."""
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if missing:
-        raise RuntimeError(f"no gradient reached {', '.join(missing)}: it would never train")
-
-@torch.no_grad()
-def update_average(average: list[Tensor], parameters: list[Tensor], step: int, alpha: float) -> None:
-    """Exponential moving average in float32, in place; short runs do not average their initial weights."""
-    torch._foreach_lerp_(average, parameters, 1 - min(alpha, (1 + step) / (10 + step)))
-
 # ---- Schedule: pure functions of step and time ----------------------------------------------------------------------
 def learning_rate_scale(step: int, seconds: float, s: Hyperparameters) -> float:
     """1, then linear to 0 over min(WARMDOWN_ITERS steps, WARMDOWN_FRAC of the run), by whichever end comes first."""
@@ -1146,12 +1135,10 @@ def compress(raw: bytes, codec: str, repeats: bool = False) -> bytes:
         return zstandard.ZstdCompressor(level=19 if repeats else 1).compress(raw)
     deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_DEFAULT_STRATEGY if repeats else zlib.Z_HUFFMAN_ONLY)
     return deflate.compress(raw) + deflate.flush()
-
 def expect(true: object, otherwise: str) -> None:
     """ValueError, saying what is otherwise, unless true."""
     if not true:
         raise ValueError(otherwise)
-
 def inflate(packed: memoryview, codec: str, size: int) -> bytes:
     """The inverse of compress for `size` bytes; no more are ever inflated. Raises anything for damage."""
     if codec == "zstd":
@@ -1264,16 +1251,6 @@ def pack(state: Tensors, roles: Roles, settings: Hyperparameters, limit: int, he
         step = max(step, 0.01) * (1.0003 * len(blob) / limit) ** 3  # gptq's integers are a little wider spread
     return blob, step
 
-def describe_packing(state: Tensors, packed: Tensors, roles: Roles, step: float) -> Iterator[str]:
-    """A log line for each role of matrices: parameters, step, bytes a parameter by codec, relative squared error."""
-    codecs = ("zlib", "zstd") if zstandard else ("zlib",)
-    for role in (role for role in FINER if role in roles.values()):
-        part = {name: weight.float().cpu() for name, weight in state.items() if roles[name] == role}
-        exact, rounded = (torch.cat([tensors[name].flatten() for name in part]) for tensors in (part, packed))
-        error = (rounded - exact).square().sum() / exact.square().sum().clamp_min(1e-30)
-        sizes = " ".join(f"{codec} {sum(map(len, write_payloads(part, roles, step, codec))) / len(exact):.4f}" for codec in codecs)
-        yield f"quantized {role}: {len(exact)} weights, step {step / FINER[role]:.4g} RMS, error {error:.3g}, bytes a weight: {sizes}"
-
 def build_model(settings: Hyperparameters, world: World, state: Tensors | None = None) -> GPT:
     """The model on the world's device, with given weights, or with the seed's."""
     torch.manual_seed(settings.seed)
@@ -1321,8 +1298,7 @@ class RunLog:
     def check_finite(self, loss: float, step: int) -> float:
         """The loss; UserError where it is no number."""
         if not math.isfinite(loss):
-            saved = Path(self.folder or "") / "checkpoint.pt"
-            good = saved if saved.exists() else "none"
+            good = saved if (saved := Path(self.folder or "") / "checkpoint.pt").exists() else "none"
             raise UserError(f"step {step}: the loss is {loss}; lower the learning rates; the last good checkpoint: {good}")
         return loss
     def step(self, step: int, loss: float, seconds: float, scale: float, s: Hyperparameters) -> None:
@@ -1337,9 +1313,8 @@ class RunLog:
                    + " ".join(f"{name}:{value}" for name, value in facts.items())
                    + f"\nhardware: {world.hardware()}; compute dtype {world.compute_dtype(settings)}")
         self.write("\n".join(f"{name}={text}" for name, text in variables(settings).items()), console=False)
-        self.write(data)
-        if world.device.type == "cpu" and settings.use_fa3:
-            self.write("no CUDA: USE_FA3, FLASH_ATTN_* and SKIP_COMPILE=0 are accepted and unused")
+        unused = "\nno CUDA: USE_FA3, FLASH_ATTN_* and SKIP_COMPILE=0 are accepted and unused"
+        self.write(data + (unused if world.device.type == "cpu" else ""))
 
 def command(settings: Hyperparameters, world: World) -> str:
     """The shell command that starts this run again."""
@@ -1368,8 +1343,9 @@ def claim_run(settings: Hyperparameters, facts: Mapping[str, str]) -> tuple[dict
     try:
         if (folder / "submission.json").exists():
             result = json.loads((folder / "submission.json").read_text())
-            theirs, _ = result["settings"], result["val_bpb"] + result["bytes_total"]
+            theirs, _ = result["settings"], 0.0 + result["val_bpb"] + result["bytes_total"]
         elif (folder / "checkpoint.pt").exists():
+            expect(not zipfile.ZipFile(folder / "checkpoint.pt").testzip(), "checksum mismatch")
             state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             theirs, same = state["settings"], state["facts"] == facts
         other = {field.upper(): as_text(value) for field, value in theirs.items() if getattr(settings, field, value) != value}
@@ -1393,11 +1369,11 @@ class Clock:
     def seconds(self) -> float:
         return self.banked + (0.0 if self.started is None else time.perf_counter() - self.started)
     def start(self) -> Clock:
-        self.world.synchronize()
+        torch.get_device_module(self.world.device).synchronize()
         self.started = time.perf_counter()
         return self
     def stop(self) -> float:
-        self.world.synchronize()
+        torch.get_device_module(self.world.device).synchronize()
         self.banked, self.started = self.seconds(), None
         return self.banked
 
@@ -1410,8 +1386,7 @@ class Trainer:
         self.optimizers = build_optimizers(model, settings, world)
         self.average = [p.detach().clone() for p in self.parameters] if settings.use_ema else []
         self.steps, self.clock, self.schedule = 0, Clock(world), settings  # schedule: less a reserve for calibration
-        self.grid: float | None = None  # the quantization step of late QAT, once it has begun
-        self.validated, self.whole = -1, True  # the last step that was validated; False while a step changes the state
+        self.grid, self.validated, self.whole = None, -1, True  # step of late QAT; last validated; False while a step is applied
     def step(self, batches: list[tuple[Tensor, Tensor]], scale: float, tied: bool = False) -> Tensor:
         """Train on this rank's share of a batch; all ranks' mean loss. `tied`: the head's copy of the embedding still follows it."""
         s, total, E, head = self.settings, torch.zeros((), device=self.world.device), self.model.tok_emb.weight, self.model.head
@@ -1421,8 +1396,8 @@ class Trainer:
                 loss = self.loss(x_BT, y_BT) / len(batches)
                 loss.backward()
                 total += loss.detach()
-        if self.steps == 0:
-            require_gradients(self.model)
+        if self.steps == 0 and (missing := [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]):
+            raise RuntimeError(f"no gradient reached {', '.join(missing)}: it would never train")
         if tied:
             E.grad.add_(head.D_VD.grad)
             head.D_VD.grad = None
@@ -1439,8 +1414,9 @@ class Trainer:
             optimizer.zero_grad()
         if tied:
             head.copy_embedding(E)
-        if s.use_ema:
-            update_average(self.average, self.parameters, self.steps, s.ema_alpha)
+        if s.use_ema:  # short runs do not average their initial weights
+            decay = min(s.ema_alpha, (1 + self.steps) / (10 + self.steps))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         self.steps, self.whole = self.steps + 1, True
         return total
     def exported(self) -> dict[str, Tensor]:
@@ -1462,7 +1438,7 @@ class Trainer:
             log.write(f"resumed at step {self.steps}")
         before = copy.deepcopy(self.state())
         try:
-            for index in range(self.settings.warmup_steps):
+            for index in range(min(self.settings.warmup_steps, self.settings.iterations)):
                 self.step(train_batch(shards, index, self.settings, self.world), 1.0)
         finally:
             self.restore(before)
@@ -1576,8 +1552,6 @@ def bench(s: Hyperparameters, world: World) -> int:
         trainer.step(batches, 1.0)
         return clock.stop()
     medians = np.median([[measured(trainer) for trainer in trainers] for _ in range(13)][3:], axis=0).tolist()
-    if world.rank > 0:
-        return 0
     for trainer, seconds in zip(trainers, medians):
         flops = flops_per_token(trainer.model, trainer.settings)
         rate = flops * n / seconds / world.size
@@ -1646,8 +1620,9 @@ def run_table(settings: Hyperparameters, world: World) -> int:
         spread = f" +- {np.std(bpb, ddof=1):.5f}" if len(runs) > 1 else ""
         lines.append(f"| {runs[0]['head']} | {differs} | {seeds} | {np.mean(bpb):.5f}{spread}"
                      f" | {against_tied(runs, groups)} | {max(size)}{over} | {np.mean(ms):.1f} | {np.mean(steps):.0f} |")
+    print("\n".join([*lines, "", *remarks]))
     if world.rank == 0:
-        print("\n".join([*lines, "", *remarks, draw_curves(results)]))
+        print(draw_curves(results))
     return 0
 
 def draw_curves(results: list[dict]) -> str:
@@ -1684,7 +1659,6 @@ def score(weights: Mapping[str, Tensor], validation: Validation, s: Hyperparamet
     """A fresh model with these weights; its loss, bits per byte and seconds of evaluation at EVAL_STRIDE."""
     model, clock = build_model(s, world, weights), Clock(world).start()
     return model, *evaluate(model, *validation, s.eval_stride, s, world), clock.stop()
-
 def final_lines(codec: str, loss: float, bpb: float, seconds: float) -> str:
     """The two lines that the ecosystem's tools look for."""
     return (f"final_int8_{codec}_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * seconds:.0f}ms\n"
@@ -1696,11 +1670,10 @@ def run_eval(settings: Hyperparameters, world: World) -> int:
     settings = prepare_demo(from_artifact(stored), world)
     validation = load_validation(settings, world)
     model, *figures = score(weights, validation, settings, world)
-    say = print if world.rank == 0 else lambda line: None
-    say(final_lines(settings.compress_algo, *figures))
+    print(final_lines(str(stored["compress_algo"]), *figures))
     if settings.eval_spectrum:
         found = spectrum(model, validation[0], settings, world)
-        say("spectrum " + " ".join(f"{name}:{value:.6g}" for name, value in found.items()))
+        print("spectrum " + " ".join(f"{name}:{value:.6g}" for name, value in found.items()))
         log = RunLog(Path(settings.artifact).parent if world.rank == 0 else None)
         log.append("metrics.jsonl", json.dumps(dict(kind="spectrum", split=settings.eval_split, **found)))
     return 0
@@ -1731,11 +1704,11 @@ def run_train(settings: Hyperparameters, world: World) -> int:
         try:
             trainer.begin(shards, state, log)
             result = finish(trainer, train(trainer, shards, validation, log), validation, log)
-        except Interrupted:
+        except (Interrupted, UserError):
             trainer.save(log)
-            log.write(f"interrupted at step {trainer.steps}; resume with: {command(settings, world)}")
+            log.write(f"stopped at step {trainer.steps}; resume with: {command(settings, world)}")
             raise
-    elif world.rank == 0:
+    else:
         print(f"runs/{settings.run_id} is finished: val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}")
     return 3 if result["bytes_total"] > settings.size_limit_bytes else 0
 
@@ -1744,12 +1717,18 @@ def export(trainer: Trainer, hessians: Mapping[str, Tensor], path: Path, log: Ru
     s, weights, roles, code = trainer.settings, trainer.exported(), trainer.roles, len(source())
     blob, step = pack(weights, roles, s, s.size_limit_bytes - code, hessians)
     write_whole(path, blob)
-    packed, codec = path.stat().st_size, s.compress_algo
-    total = code + packed
-    over = "; over the cap, so this run exits with code 3" if total > s.size_limit_bytes else ""
-    log.write("\n".join((*describe_packing(weights, unpack(blob)[1], roles, step), f"Code size: {code} bytes",
-        f"Serialized model int8+{codec}: {packed} bytes", f"Total submission size int8+{codec}: {total} bytes",
-        f"size_limit: {s.size_limit_bytes} bytes headroom: {s.size_limit_bytes - total} bytes{over}")))
+    packed, codec, unpacked = path.stat().st_size, s.compress_algo, unpack(blob)[1]
+    for role, finer in ((role, finer) for role, finer in FINER.items() if role in roles.values()):
+        part = {name: weight.float().cpu() for name, weight in weights.items() if roles[name] == role}
+        exact, rounded = (torch.cat([tensors[name].flatten() for name in part]) for tensors in (part, unpacked))
+        sizes = " ".join(f"{codec} {sum(map(len, write_payloads(part, roles, step, codec))) / len(exact):.4f}"
+                         for codec in ("zlib", "zstd") if zstandard or codec == "zlib")
+        error = (rounded - exact).square().sum() / exact.square().sum().clamp_min(1e-30)
+        log.write(f"quantized {role}: {len(exact)} weights, step {step / finer:.4g} RMS, error {error:.3g}, bytes each {sizes}")
+    total, limit = code + packed, s.size_limit_bytes
+    over = "; over the cap, so this run exits with code 3" if total > limit else ""
+    log.write(f"Code size: {code} bytes\nSerialized model int8+{codec}: {packed} bytes\n"
+              f"Total submission size int8+{codec}: {total} bytes\nsize_limit: {limit} bytes headroom: {limit - total} bytes{over}")
     return dict(bytes_total=total, bytes_code=code, bytes_model_int8_zlib=packed)
 
 def finish(trainer: Trainer, hessians: Mapping[str, Tensor], validation: Validation, log: RunLog) -> dict[str, object]:
@@ -1758,6 +1737,7 @@ def finish(trainer: Trainer, hessians: Mapping[str, Tensor], validation: Validat
     log.write(world.peak_memory())
     _, pre_loss, pre_bpb, _ = score(trainer.exported(), validation, s, world)
     log.write(f"pre_quant val_loss:{log.check_finite(pre_loss, trainer.steps):.8f} val_bpb:{pre_bpb:.8f}")
+    world.wait_at_most(PATIENT)  # rank 0 packs alone
     sizes = world.agree(export(trainer, hessians, path, log) if world.rank == 0 else None)
     _, loss, bpb, eval_seconds = score(read_artifact("ARTIFACT", str(path), math.inf, world)[1], validation, s, world)
     log.write(final_lines(s.compress_algo, loss, bpb, eval_seconds))
@@ -1773,18 +1753,36 @@ def finish(trainer: Trainer, hessians: Mapping[str, Tensor], validation: Validat
         path.with_name("checkpoint.pt").unlink(missing_ok=True)
     return result
 
+def as_user_error(error: Exception) -> Exception:
+    """What a user can mend, in words for a user; anything else is a defect of this program, and is raised again."""
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        return UserError("out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the sizes of the model")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return UserError(f"torch.compile fails here ({str(error)[:200]}); set COMPILE=0")
+    if not isinstance(error, (UserError, OSError, Interrupted)):
+        raise error
+    return error
+
 def main() -> int:
     """Run the chosen mode; the exit code. A user's mistake is one line on standard error, said by rank 0, and code 2."""
     rank = 0
     try:
         world = World()
         rank = world.rank
+        if rank or sys.stdout is None:  # rank 0 speaks for all
+            sys.stdout = open(os.devnull, "w")
+        with contextlib.suppress(AttributeError):  # a notebook's
+            sys.stdout.reconfigure(errors="backslashreplace")
+        if sys.argv[1:]:
+            raise UserError(f"{sys.argv[1]}: settings are environment variables; write them before the command")
         settings = from_env()
         world.start()
         code = dict(train=run_train, eval=run_eval, table=run_table, bench=bench)[settings.mode](settings, world)
-        world.close()
+        if world.size > 1:
+            dist.destroy_process_group()
         return code
-    except (UserError, OSError, Interrupted) as stop:
+    except Exception as error:
+        stop = as_user_error(error)
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)  # rank 0 speaks and saves first; torchrun then ends this process

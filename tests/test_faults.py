@@ -5,11 +5,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from test_runs import SCRIPT, SMALL, data, losses, run, start, wait_for  # noqa: F401
+from test_runs import SCRIPT, SMALL, data, environment, losses, run, start, wait_for  # noqa: F401
+
+import train_gpt
 
 SLOW = dict(ITERATIONS=3000, RUN_ID="slow")
 
@@ -142,3 +145,75 @@ def test_a_sweep_started_twice_in_parallel_repeats_and_loses_nothing(data, tmp_p
         assert process.returncode in (0, 2) and (process.returncode == 0 or "in progress" in err), err
     for name in names:
         assert (tmp_path / "runs" / name / "submission.json").exists() and len(losses(tmp_path / "runs" / name)) == 6
+
+
+# ---- Faults of the surroundings --------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused(data, tmp_path):  # noqa: F811
+    process = start(tmp_path, SMALL, data, SLOW)
+    wait_for(tmp_path / "runs/slow/train.log", "step:8/", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    path = tmp_path / "runs/slow/checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4  # inside a tensor, which PyTorch would load as it is
+    path.write_bytes(content)
+    _, err = run(tmp_path, SMALL, data, SLOW, code=2)
+    assert err.startswith("error: runs/slow: holds a damaged") and err.count("\n") == 1
+
+
+def test_a_token_outside_the_vocabulary_in_mid_training_costs_no_finished_step(data, tmp_path):  # noqa: F811
+    folder, name = tmp_path / "shards", "fineweb_train_000000.bin"
+    shutil.copytree(data["DATA_PATH"], folder)
+    settings = dict(data, DATA_PATH=folder, ITERATIONS=60, RUN_ID="token", TRAIN_BATCH_TOKENS=128)
+    process = start(tmp_path, SMALL, settings, dict(TRAIN_BATCH_TOKENS=128, ITERATIONS=100_000))
+    wait_for(tmp_path / "runs/token/train.log", "step:3/", process)
+    with open(folder / name, "r+b") as shard:
+        shard.seek(1024 + 2 * 39_000)  # at the end, which step 300 reaches
+        shard.write(b"\xff\xff")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "holds token id 65535" in err and err.count("\n") == 1
+    assert (tmp_path / "runs/token/checkpoint.pt").exists()
+
+
+def test_a_shard_that_shrinks_is_an_error(data, tmp_path):  # noqa: F811
+    shutil.copytree(data["DATA_PATH"], tmp_path / "shards")
+    shards = train_gpt.Shards(tmp_path / "shards", "train", 1024)
+    shards.take(39_000, 500)
+    os.truncate(tmp_path / "shards/fineweb_train_000000.bin", 50_000)
+    with pytest.raises(train_gpt.UserError, match="its size has changed"):
+        shards.take(39_000, 500)
+
+
+def test_a_closed_standard_output_does_not_matter(data, tmp_path):  # noqa: F811
+    env = environment(SMALL, data, dict(ITERATIONS=1, RUN_ID="closed"))
+    assert subprocess.run(f"exec {sys.executable} {SCRIPT} >&-", shell=True, cwd=tmp_path, env=env).returncode == 0
+    assert (tmp_path / "runs/closed/submission.json").exists()
+
+
+def test_nohup_outlives_its_terminal(data, tmp_path):  # noqa: F811
+    env = environment(SMALL, data, dict(ITERATIONS=200, RUN_ID="nohup"))
+    process = subprocess.Popen(["nohup", sys.executable, str(SCRIPT)], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "runs/nohup/train.log", "step:3/", process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
+
+
+def test_a_model_beyond_memory_is_a_users_error(tmp_path):
+    _, err = run(tmp_path, SMALL, dict(MODE="bench", BIGRAM_VOCAB_SIZE=2**24, BIGRAM_DIM=2**16), code=2)
+    assert err.startswith("error: out of memory; lower ") and err.count("\n") == 1
+
+
+def test_a_missing_compiler_is_a_users_error(data, tmp_path):  # noqa: F811
+    env = dict(environment(SMALL, data, dict(ITERATIONS=1, COMPILE=1, CXX="/nonexistent", HOME=tmp_path)), PATH="/nonexistent",
+               TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = subprocess.run([sys.executable, str(SCRIPT)], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch("error: .*set COMPILE=0\n", done.stderr), done.stderr[-2000:]
+
+
+def test_arguments_are_refused(tmp_path):
+    command = [sys.executable, str(SCRIPT), "HEAD_TYPE=mos"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: HEAD_TYPE=mos: ") and not any(tmp_path.iterdir())

@@ -26,6 +26,7 @@ def run_here(cwd, *settings, code=0):
     with (pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ, environment(*settings), clear=True),
           mock.patch("signal.signal"), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
         patch.chdir(cwd)
+        patch.setattr("sys.argv", ["train_gpt.py"])
         assert train_gpt.main() == code, out.getvalue() + err.getvalue()
     return out.getvalue(), err.getvalue()
 

@@ -381,6 +381,9 @@ def test_without_cuda_the_kernel_s_variables_are_accepted_at_any_value(env, monk
     ("HEAD_RANK=64", "HEAD_RANK=64", "factorized, mos"),
     ("HEAD_DIM=64", "HEAD_DIM=64", "simplex"),
     ("HEAD_TYPE=factorized HEAD_K=2", "HEAD_K=2", "HEAD_TYPE=factorized"),
+    ("ARTIFACT=x", "ARTIFACT=x", "MODE=eval"), ("EVAL_SPECTRUM=1", "EVAL_SPECTRUM=1", "MODE=eval"),
+    ("RUNS=x", "RUNS=x", "MODE=table"), ("MODE=bench INIT_FROM=x", "INIT_FROM=x", "MODE=train"),
+    ("DATA_PATH=demo TOKENIZER_PATH=x", "TOKENIZER_PATH=x", "DATA_PATH=demo"),
     ("HEAD_TYPE=mos HEAD_DIM=128", "HEAD_DIM=128", "HEAD_TYPE=mos"),
     ("HEAD_TYPE=simplex HEAD_RANK=64", "HEAD_RANK=64", "HEAD_TYPE=simplex"),
 ])
@@ -431,6 +434,11 @@ def test_any_other_variable_is_let_alone_or_a_near_miss(env):
         assert from_env({name: env[name] for name in env.keys() - set(KNOWN)}) == Hyperparameters()
     except UserError as error:
         assert "ALLOW_NEAR_MISSES=1" in str(error)
+
+
+@pytest.mark.parametrize("name", ["head_type", "Seed", "data_path", "mos_k"])
+def test_a_variable_in_lower_case_is_a_near_miss(name):
+    assert refusal({name: "1"}).startswith(f"{name}=1: did you mean {name.upper()}?")
 
 
 # ---- the program as a whole ----
