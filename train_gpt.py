@@ -1487,8 +1487,8 @@ class Trainer:
         """The quantization step at which the present weights would fit the cap: what late QAT rounds to."""
         roles, codec, limit = self.roles, self.settings.compress_algo, self.settings.size_limit_bytes - len(source())
         every = max(1, sum(p.numel() for p in self.parameters) // 2**21)  # so many rows tell the size well enough
-        sample = {name: p.detach().flatten(0, -2 if roles[name] in FINER else -1)[::every].cpu()
-                  for name, p in self.model.named_parameters()}
+        sample = {name: rows[torch.arange(0, len(rows), every)].cpu() for name, p in self.model.named_parameters()
+                  for rows in [p.detach().flatten(0, -2 if roles[name] in FINER else -1)]}
         grid = self.world.agree(fit(lambda step: every * sum(map(len, write_payloads(sample, roles, step, codec))), limit))
         log.write(f"late_qat: from step {self.steps}, quantization step {grid:.4g}")
         return grid

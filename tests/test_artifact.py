@@ -820,3 +820,16 @@ def test_eval_mode_refuses_what_is_no_artifact_in_one_line(case, tmp_path, run):
     done = run(dict(MODE="eval", ARTIFACT=str(path)), cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(f"error: ARTIFACT={re.escape(str(path))}: .+\n", done.stderr)
+
+
+@pytest.mark.parametrize("head", ["tied", "bigram"])
+def test_late_qat_finds_the_export_s_step_from_a_sample_of_the_rows_of_a_large_model(head):
+    s = small(vocab_size=1024, model_dim=256, bigram_vocab_size=2**14, bigram_dim=128, size_limit_bytes=3_000_000, head_type=head)
+    trainer = train_gpt.Trainer(build_model(s, cpu_world()), s, cpu_world())
+    assert sum(p.numel() for p in trainer.parameters) > 2**21  # so only some rows are looked at
+    with torch.no_grad():
+        for p in trainer.parameters:
+            p.normal_()
+    limit = s.size_limit_bytes - len(train_gpt.source())
+    exact = pack(trainer.exported() | dict(trainer.model.named_parameters()), trainer.roles, s, limit)[1]
+    assert trainer.late_grid(train_gpt.RunLog(None)) == pytest.approx(exact, rel=0.02)
