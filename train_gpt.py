@@ -402,7 +402,7 @@ BOS_ID = 1  # stands before every document
 def open_shard(path: Path) -> np.ndarray:
     """Memory-mapped tokens (uint16) of a shard: 256 little-endian int32 (magic, version, count), tokens. UserError if damaged."""
     try:
-        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
+        header, size = np.fromfile(path if path.is_file() else "", dtype="<i4", count=HEADER_INTS), path.stat().st_size
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if header.size < HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -1778,6 +1778,8 @@ def main() -> int:
         settings = from_env()
         world.start()
         code = dict(train=run_train, eval=run_eval, table=run_table, bench=bench)[settings.mode](settings, world)
+        if settings.mode != "train":  # what the others say is nowhere else
+            sys.stdout.flush()
         if world.size > 1:
             dist.destroy_process_group()
         return code

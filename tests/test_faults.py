@@ -217,3 +217,21 @@ def test_arguments_are_refused(tmp_path):
     command = [sys.executable, str(SCRIPT), "HEAD_TYPE=mos"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: HEAD_TYPE=mos: ") and not any(tmp_path.iterdir())
+
+
+def test_a_table_that_cannot_be_printed_is_an_error(data, tmp_path):  # noqa: F811
+    run(tmp_path, SMALL, data, dict(ITERATIONS=0, RUN_ID="one"))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(SCRIPT)], cwd=tmp_path, env=environment(dict(MODE="table")), stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["fineweb_train_000000.bin", "fineweb_val_000000.bin", "tokenizer.model"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name, data, tmp_path):  # noqa: F811
+    folder = tmp_path / "shards"
+    shutil.copytree(data["DATA_PATH"], folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    _, err = run(tmp_path, SMALL, dict(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model", RUN_ID="one"), code=2)
+    assert name in err and err.count("\n") == 1

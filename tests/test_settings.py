@@ -270,7 +270,7 @@ def test_study_b_s_command_gets_the_mixture_on_the_challenge_s_baseline():
 
 @pytest.mark.parametrize("env, head", [
     ("RANK_DIM=32", dict(head_type="factorized", head_rank=32)),
-    ("RANK_DIM=32 HEAD_RANK=32", dict(head_type="factorized", head_rank=32)),
+    ("RANK_DIM=32 HEAD_RANK=32", dict(head_type="factorized", head_rank=32)), ("HEAD_TYPE=best", dict(head_type="untied")),
     ("HEAD_TYPE=mos MIXTURE_SOFTMAX_K=3", dict(head_type="mos", head_k=3)),
     ("HEAD_TYPE=mixture_softmax HEAD_K=3 MIXTURE_SOFTMAX_K=3", dict(head_type="mos", head_k=3)),
     ("HEAD_TYPE=mixture_softmax USE_MOS=1 MOS_K=5", dict(head_type="mos", head_k=5)),
