@@ -1638,7 +1638,7 @@ def draw_curves(results: list[dict]) -> str:
             records = map(json.loads, (result["folder"] / "metrics.jsonl").read_text().splitlines())
             points = [(record["train_seconds"], record["train_loss"]) for record in records if record["kind"] == "train"]
             axes.plot(*zip(*points), label=result["folder"].name)
-    axes.legend(fontsize=7)
+    axes.legend(handles=axes.lines, fontsize=7)
     figure.savefig(picture, dpi=120, format="png")
     write_whole(path, picture.getvalue())
     return f"learning curves: {path}"
