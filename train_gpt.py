@@ -39,6 +39,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until World.start listens, Ctrl-C simply ends the program
 
 import numpy as np
 import sentencepiece
@@ -411,7 +413,6 @@ def open_shard(path: Path) -> np.ndarray:
     if size != wanted or header[2] < 1:
         raise UserError(f"{path}: has {size} bytes where its header promises {wanted}; it is truncated, fetch it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS)
-
 def write_shard(path: Path, tokens: list[int] | np.ndarray) -> None:
     """The counterpart of open_shard."""
     header = np.array([SHARD_MAGIC, SHARD_VERSION, len(tokens), *[0] * (HEADER_INTS - 3)], dtype="<i4")
@@ -1539,7 +1540,6 @@ def flops_per_token(model: GPT, s: Hyperparameters) -> float:
     matrices = [name for name, role in parameter_roles(model).items() if re.match("blocks|head", name) and role != "scalar"]
     weights = sum(model.get_parameter(name).numel() for name in matrices) + model.head.products_with_E * s.vocab_size * s.model_dim
     return 6 * weights + 6 * s.num_layers * s.model_dim * s.train_seq_len
-
 def bench(s: Hyperparameters, world: World) -> int:
     """MODE=bench: time training steps of the tied head and of the chosen one, in turn, on random tokens; print medians."""
     tied = dataclasses.replace(s, head_type="tied", head_variant="", head_trainable=True, train_only="all", head_untie_frac=0.0)

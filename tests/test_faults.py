@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,3 +236,14 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(name, data, tmp_path):  # n
     os.mkfifo(folder / name)
     _, err = run(tmp_path, SMALL, dict(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model", RUN_ID="one"), code=2)
     assert name in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="what a process has loaded is not seen here")
+@pytest.mark.parametrize("library", ["numpy", "libtorch"])
+def test_ctrl_c_while_the_program_starts_leaves_no_traceback(library, data, tmp_path):  # noqa: F811
+    process = start(tmp_path, SMALL, data, dict(ITERATIONS=3000, RUN_ID="early"))
+    while library not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and err == ""
