@@ -429,14 +429,15 @@ def writing(path: Path) -> Iterator[None]:
 def write_whole(path: Path, data: bytes) -> None:
     """Write under a temporary name, sync and rename: the file is there whole or not at all. UserError if it cannot be."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with writing(path), open(partial, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            with open(partial, "wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 class Shards:
     """All tokens of one split as one endless sequence: after the last token comes the first again."""
@@ -560,8 +561,7 @@ def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteC
         inside, first = sizes([anchor]), sizes([])
     except (RuntimeError, OSError, ValueError, TypeError):  # whatever sentencepiece raises for a damaged model
         raise UserError(f"TOKENIZER_PATH={path}: {'is no SentencePiece model' if path.is_file() else 'no such file'}") from None
-    inside_or_first_2V = torch.tensor([inside, first], device=device)
-    control_V = torch.tensor(control, dtype=torch.int64, device=device)
+    inside_or_first_2V, control_V = (torch.tensor(x, dtype=torch.int64, device=device) for x in ([inside, first], control))
     return lambda before, token: inside_or_first_2V[control_V[before], token]
 
 # ---- Trunk: from tokens to the final normed hidden states -----------------------------------------------------------
@@ -950,9 +950,8 @@ def newton_schulz(G: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), with decoupled weight decay; equals torch.optim.Muon at constant momentum.
     Parameters of one shape (in 3-D: stacks) are one batch of matrices, split over the ranks, which must hold equal gradients."""
-    def __init__(self, params: list[nn.Parameter] | list[dict], world: World, dtype: torch.dtype, **defaults: float) -> None:
+    def __init__(self, groups: list[dict], world: World, dtype: torch.dtype, **defaults: float) -> None:
         self.world, self.dtype = world, dtype
-        groups = params if isinstance(params[0], dict) else [dict(params=params)]
         super().__init__([dict(group, params=[p for p in group["params"] if p.shape == shape]) for group in groups
                           for shape in dict.fromkeys(p.shape for p in group["params"])], defaults)
     @torch.no_grad()
@@ -1704,9 +1703,10 @@ def run_train(settings: Hyperparameters, world: World) -> int:
         try:
             trainer.begin(shards, state, log)
             result = finish(trainer, train(trainer, shards, validation, log), validation, log)
-        except (Interrupted, UserError):
-            trainer.save(log)
-            log.write(f"stopped at step {trainer.steps}; resume with: {command(settings, world)}")
+        except (Interrupted, UserError) as stop:
+            if trainer.steps or isinstance(stop, Interrupted):  # a run that could not begin leaves nothing to resume
+                trainer.save(log)
+                log.write(f"stopped at step {trainer.steps}; resume with: {command(settings, world)}")
             raise
     else:
         print(f"runs/{settings.run_id} is finished: val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}")

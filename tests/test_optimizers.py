@@ -180,7 +180,7 @@ def steps(make, shapes, count=5):
 
 def ours(world=None, **options):
     options = dict(lr=0.05, momentum=0.9, weight_decay=0.3) | options
-    return lambda params: Muon(params, world or ThreadWorld(), torch.float32, **options)
+    return lambda params: Muon([dict(params=params)], world or ThreadWorld(), torch.float32, **options)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
