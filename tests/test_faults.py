@@ -247,3 +247,10 @@ def test_ctrl_c_while_the_program_starts_leaves_no_traceback(library, data, tmp_
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT) and err == ""
+
+
+def test_a_run_that_could_not_begin_leaves_its_name_free(data, tmp_path):  # noqa: F811
+    settings = dict(QUANT="gptq", RUN_ID="one", ITERATIONS=2)
+    _, err = run(tmp_path, SMALL, data, settings, dict(MAX_WALLCLOCK_SECONDS=0.001), code=2)
+    assert err.startswith("error: MAX_WALLCLOCK_SECONDS=0.001: QUANT=gptq needs ") and err.count("\n") == 1
+    assert not (tmp_path / "runs/one/checkpoint.pt").exists()
