@@ -37,7 +37,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until World.start listens, Ctrl-C simply ends the program
@@ -191,7 +191,6 @@ def as_text(value: object) -> str:
 def variables(settings: Hyperparameters) -> dict[str, str]:
     """All settings as environment variables."""
     return {name.upper(): as_text(value) for name, value in dataclasses.asdict(settings).items()}
-
 def from_artifact(stored: Mapping[str, object]) -> Hyperparameters:
     """Settings with an artifact's as defaults; UserError where a variable contradicts its architecture."""
     settings = from_env(defaults=stored)
@@ -219,6 +218,7 @@ def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     said = [(name, name, ours[name]) for name in FIELDS if name in heard]
     said += [("RANK_DIM", "HEAD_TYPE", "factorized"), ("RANK_DIM", "HEAD_RANK", str(rank))] if rank else []
     said += [(name, "HEAD_TYPE", "mos") for name in STUDY_B if name in heard]
+    said += [("USE_MOS", "HEAD_TYPE", "another")] if environ.get("USE_MOS") == "0" and ours["HEAD_TYPE"] == "mos" else []
     said += [(alias, name, environ[alias]) for alias, name in ALIASES.items() if alias in heard]
     said += [("SKIP_COMPILE", "COMPILE", "0")] if eager else []
     given: dict[str, tuple[str, str]] = {}
@@ -235,7 +235,6 @@ def convert(name: str, text: str, kind: str):
         return read(text)
     except (KeyError, ValueError):
         raise UserError(f"{name}={text}: must be {remedy}") from None
-
 def parse(name: str, text: str, source: str = ""):
     """The typed value of one setting; UserError, naming the variable that it came from, outside its range or choices."""
     field, source = FIELDS[name], source or name
@@ -256,7 +255,6 @@ def value_layers(s: Hyperparameters) -> tuple[int, ...]:
     if not all(re.fullmatch(r"\s*\d{1,4}\s*", text) and int(text) < s.num_layers for text in texts):
         raise UserError(f"VE_LAYERS={s.ve_layers}: must be layers in 0..{s.num_layers - 1} between commas; or set VALUE_EMBED=0")
     return tuple(sorted({*map(int, texts)}))
-
 def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
     """What must hold between settings; raises UserError."""
     def need(true: object, name: str, remedy: str) -> None:
@@ -425,7 +423,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free the disk or use another folder") from None
-
 def write_whole(path: Path, data: bytes) -> None:
     """Write under a temporary name, sync and rename: the file is there whole or not at all. UserError if it cannot be."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -484,7 +481,6 @@ def train_batch(shards: Shards, step: int, settings: Hyperparameters, world: Wor
     if world.device.type == "cuda":  # the copy is not waited for
         x, y = (part.pin_memory().to(world.device, non_blocking=True) for part in (x, y))
     return list(zip(x.split(B), y.split(B)))
-
 def micro_batch_sequences(settings: Hyperparameters, world: World) -> int:
     """Sequences of one forward pass on one rank: the largest divisor of its share within MICRO_BATCH_TOKENS."""
     n, T = settings.train_batch_tokens, settings.train_seq_len
@@ -505,7 +501,6 @@ def demo_documents() -> list[str]:
                 nodes = (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented))
                 documents.append("\n".join(filter(None, map(ast.get_docstring, nodes))))
     return sorted((text for text in documents if len(text) > 200), key=lambda text: hashlib.sha256(text.encode()).digest())
-
 def build_demo(folder: Path, vocab_size: int) -> None:
     """Write train, val and test shards and a BPE tokenizer (byte fallback) to `folder`, once, under a lock."""
     import fcntl
@@ -529,7 +524,6 @@ def build_demo(folder: Path, vocab_size: int) -> None:
         for split, texts in splits.items():
             write_shard(folder / f"fineweb_{split}_000000.bin", np.concatenate(processor.encode(texts, add_bos=True)))
         write_whole(folder / "tokenizer.model", model.getvalue())
-
 def prepare_demo(settings: Hyperparameters, world: World) -> Hyperparameters:
     """Settings with DATA_PATH=demo replaced by the cached corpus; a rank of each node builds it where it is missing."""
     if settings.data_path != "demo":
@@ -878,14 +872,12 @@ class FactorizedPR908(Factorized):
     g = 1.0
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.add(matrix=dict(A_RD=orthogonal(R, D)), vocab=dict(C_VR=orthogonal(V, R)))
-
 class SimplexPR908(Simplex):
     """cap(C softmax(S h)), orthogonal S and C: a mean of the columns of C, so almost uniform."""
     def build(self, settings: Hyperparameters, D: int, V: int, R: int) -> None:
         self.add(matrix=dict(S_MD=orthogonal(settings.head_dim, D)), vocab=dict(C_VM=orthogonal(V, settings.head_dim)))
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         return self.cap(project(torch.softmax(project(h_ND, self.S_MD), dim=-1), self.C_VM))
-
 class MixturePR908(Head):
     """cap(sum_k pi_k C_k A_k h), pi = softmax(G h): a mixture of logits, so one softmax of rank K R."""
     uses, products_with_E = ("head_k", "head_lr", "head_matrix_lr", "head_rank"), 0
@@ -896,7 +888,6 @@ class MixturePR908(Head):
     def logits(self, h_ND: Tensor, x_N: Tensor, E_VD: Tensor) -> Tensor:
         pi_KN1 = torch.softmax(project(h_ND, self.gate_KD), dim=-1).T[..., None]
         return self.cap(sum(pi_N1 * project(h_ND, A, C) for pi_N1, A, C in zip(pi_KN1, self.A_KRD, self.C_KVR)))
-
 class MixturePR266(MixtureOfSoftmaxes):
     """log sum_k pi_k softmax(E U_k V h), pi = softmax(G h): all components share one V of rank R, and there is no cap."""
     head_matrix_lr = 0.04  # study B's MATRIX_LR
@@ -912,7 +903,6 @@ class MixturePR266(MixtureOfSoftmaxes):
 HEADS: dict[str, type[Head]] = dict(
     tied=Tied, untied=Untied, factorized=Factorized, mos=MixtureOfSoftmaxes, simplex=Simplex, delta=Delta, wide=Wide, bigram=Bigram)
 VARIANTS = {"factorized/pr908": FactorizedPR908, "simplex/pr908": SimplexPR908, "mos/pr908": MixturePR908, "mos/pr266": MixturePR266}
-
 def head_class(s: Hyperparameters) -> type[Head]:
     """The class of HEAD_TYPE, or of its HEAD_VARIANT; UserError where it has no such variant."""
     found = VARIANTS.get(f"{s.head_type}/{s.head_variant}") if s.head_variant else HEADS[s.head_type]
@@ -946,7 +936,6 @@ def newton_schulz(G: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X.mT if tall else X
-
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), with decoupled weight decay; equals torch.optim.Muon at constant momentum.
     Parameters of one shape (in 3-D: stacks) are one batch of matrices, split over the ranks, which must hold equal gradients."""
@@ -1001,7 +990,6 @@ def momentum_at(step: int, s: Hyperparameters) -> float:
     done = min(step / s.muon_momentum_warmup_steps, 1.0) if s.muon_momentum_warmup_steps else 1.0
     return (1 - done) * s.muon_momentum_warmup_start + done * s.muon_momentum
 
-
 # ---- Evaluate: exact bits per byte, plain or sliding ----------------------------------------------------------------
 Validation = tuple[Tensor, ByteCounts]  # the split that is scored, int64 on the device, and its tokens' bytes
 
@@ -1016,7 +1004,6 @@ def evaluate(model: GPT, tokens_N: Tensor, byte_counts: ByteCounts, stride: int,
         total += torch.stack(((nll(x_BT, y_BT, scored) * inside).sum(), (text_bytes * inside).sum(), inside.sum()))
     nats, text_bytes, count = world.sum(total.cpu()).tolist()
     return [nats / count, nats / math.log(2) / text_bytes]
-
 def windows(tokens_N: Tensor, stride: int, s: Hyperparameters, world: World) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
     """This rank's batches, all of one shape: x_BT, y_BT, which targets exist, how many of the last ones each window scores. Window
     k reads T tokens from k stride on and scores what none before it did; the first that reaches the end is the last."""
@@ -1051,83 +1038,104 @@ def spectrum(model: GPT, tokens_N: Tensor, s: Hyperparameters, world: World) -> 
                 energy_beyond_model_dim=(energy_V[s.model_dim:].sum() / energy_V.sum()).item())
 
 # ---- Artifact: quantize, fit under the cap, pack, unpack ------------------------------------------------------------
-MAGIC = b"GPTHEAD3"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, payloads
+MAGIC = b"GPTHEAD4"  # magic and version; then SHA-256 of the rest, header length (uint32), JSON header, payloads
 LONGEST_HEADER = 800_000  # bytes; 1,000 layers need 620,000
 STORED = [name for name, scope in SCOPES.items() if scope != "run"]  # the settings in the header
-# How a tensor is stored, by its role, and how much finer its grid is: what makes logits is the most sensitive.
-KINDS = dict(matrix=torch.int8, table=torch.int8, tied=torch.int16, vocab=torch.int16, scalar=torch.float32)
-FINER = dict(matrix=1.0, table=2.0, tied=16.0, vocab=8.0)
+FINER = dict(matrix=1.0, table=2.0, tied=16.0, vocab=8.0)  # than the step, by role: what makes logits is the most sensitive
+FINEST, COARSEST = 2.0 ** -7, 8.0  # steps over a row's RMS; the finest is never coarser than int8 scaled by the largest entry
+LARGEST = 32000  # of a row over its scale: codes have 16 bits
 Tensors = Mapping[str, Tensor]  # by the parameter's name
 Roles = Mapping[str, str]
 
-def to_grid(weight: Tensor, role: str, step: float, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Integers (rows x columns) and bfloat16 row scales whose product is about the matrix or stack; to the nearest, or by `gptq`.
-    A scale is `step` times its row's RMS over FINER[role], or what its largest entry needs where that is coarser, as for step 0."""
-    levels = torch.iinfo(KINDS[role]).max
-    rows = weight.detach().float().flatten(0, -2)
-    rms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64) / rows.size(1) ** 0.5
-    largest = rows.abs().amax(dim=1, keepdim=True) / (levels - levels // 256)  # bfloat16 may round it down by 1 / 512
-    scale = torch.maximum((rms * (step / FINER[role])).float(), largest).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
-    exact = rows / scale.float()
-    return (exact.round_().clamp_(-levels, levels) if hessian is None else gptq(exact, hessian, levels)), scale
+def to_codes(x: Tensor) -> Tensor:
+    """Integers for the nearest points of the lattice E8, D8 and D8 + 1/2 (Conway and Sloane 1982), to 8 rows of a column each: at
+    equal entropy their squared error is 14% below that of plain rounding, which the last, fewer than 8 rows get."""
+    whole = x.size(-2) // 8 * 8
+    x_8 = x[..., :whole, :].unflatten(-2, (whole // 8, 8))
+    both = torch.stack((x_8, x_8 - 0.5))
+    q = both.round()
+    rest = both.sub_(q)
+    worst, index = rest.abs().max(-2, keepdim=True)  # what to round the other way where the sum is odd, so not in D8
+    odd = q.sum(-2, keepdim=True) % 2
+    q.scatter_add_(-2, index, odd * torch.copysign(torch.ones_like(worst), rest.gather(-2, index)))
+    whole_8, half_8 = rest.square_().sum(-2, keepdim=True) + odd * (1 - 2 * worst)  # squared distances
+    half = half_8 < whole_8
+    q = torch.where(half, q[1], q[0])
+    q[..., :1, :] += half.float() - q[..., 1:, :].sum(-2, keepdim=True) % 2  # the others tell its parity; it tells `half`
+    return torch.cat((q.flatten(-3, -2), x[..., whole:, :].round()), dim=-2)
+def from_codes(codes: Tensor) -> Tensor:
+    """The points of these codes, in their place."""
+    whole = codes.size(-2) // 8 * 8
+    q = codes[..., :whole, :].unflatten(-2, (whole // 8, 8))
+    half = q[..., :1, :] % 2
+    q[..., :1, :] += q[..., 1:, :].sum(-2, keepdim=True) % 2 - half
+    q += half / 2
+    return codes
 
-def gptq(exact: Tensor, hessian: Tensor, levels: int) -> Tensor:
-    """Rounds column by column, largest inputs first; later columns make up for the error of earlier ones on inputs x with
-    sum x x^T = hessian (Frantar et al. 2022: damping of 1%, Cholesky factor of the inverse, blocks of 128 columns)."""
-    order = hessian.diagonal().argsort(descending=True)
-    H, W = hessian[order][:, order].double(), exact[:, order]
-    H.diagonal().add_(0.01 * H.diagonal().mean() + 1e-10)
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).to(W.dtype)
-    errors = torch.empty_like(W)
-    for start in range(0, W.size(1), 128):
-        stop = min(start + 128, W.size(1))
+def gptq(exact: Tensor, hessian: Tensor) -> Tensor:
+    """Codes column by column, largest inputs first; later columns make up for the error of earlier ones on inputs x with
+    sum x x^T = hessian (Frantar et al. 2022: damping of 1%, Cholesky factor of the inverse, blocks of columns). Of a stack."""
+    order = hessian.diagonal(dim1=1, dim2=2).argsort(descending=True)
+    H = hessian.take_along_dim(order[:, None], 2).take_along_dim(order[..., None], 1).double()
+    H.diagonal(dim1=1, dim2=2).add_(0.01 * H.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-10)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True).to(exact.dtype)
+    W, codes = exact.take_along_dim(order[:, None], 2), torch.empty_like(exact)
+    for start in range(0, W.size(2), 32):
+        stop = min(start + 32, W.size(2))
+        errors = torch.empty_like(W[..., start:stop])
         for i in range(start, stop):
-            errors[:, i] = (W[:, i] - W[:, i].round().clamp(-levels, levels)) / U[i, i]
-            W[:, i + 1:stop].addr_(errors[:, i], U[i, i + 1:stop], alpha=-1)
-        W[:, stop:] -= errors[:, start:stop] @ U[start:stop, stop:]
-    return W.round_().clamp_(-levels, levels)[:, order.argsort()]
+            column = W[..., i:i + 1].clamp(-LARGEST, LARGEST)
+            codes[..., i:i + 1] = to_codes(column)
+            errors[..., i - start:i - start + 1] = error = (column - from_codes(codes[..., i:i + 1].clone())) / U[:, i:i + 1, i:i + 1]
+            W[..., i + 1:stop].baddbmm_(error, U[:, i:i + 1, i + 1:stop], alpha=-1)
+        W[..., stop:].baddbmm_(errors, U[:, start:stop, stop:], alpha=-1)
+    return codes.take_along_dim(order.argsort()[:, None], 2)
 
-def calibrate(model: GPT, batches: Iterable[list[tuple[Tensor, Tensor]]], world: World) -> dict[str, Tensor]:
-    """gptq's Hessians, sums of x x^T over all ranks' inputs x of each Linear and of the embedding that makes logits, by weight."""
-    names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
-    names[model.head] = "tok_emb.weight" if model.head.products_with_E else "head.D_VD"
-    sums: dict[str, Tensor] = {}
-    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if name := names.get(module):
-            x_ND = inputs[0].flatten(0, -2).float()
-            sums[name] = torch.addmm(sums[name], x_ND.T, x_ND) if name in sums else x_ND.T @ x_ND
-    with torch.no_grad(), nn.modules.module.register_module_forward_pre_hook(add):
-        for x_BT, _ in (micro_batch for batch in batches for micro_batch in batch):
-            add(model.head, (model.hidden(x_BT),))
-    return {name: world.sum(total).cpu() for name, total in sums.items()}
-
-def on_grid(weight: Tensor, role: str, step: float) -> Tensor:
-    """The weight as it will be after export at this step."""
-    integers, scale = to_grid(weight, role, step)
-    return integers.mul_(scale.float()).view_as(weight).to(weight.dtype)
+def quantized(state: Tensors, roles: Roles, step: float, hessians: Mapping = {}) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """In stacks of one role and shape: names of matrices, codes and bfloat16 row scales; their points times scales are about the
+    weights. A scale is `step` times its row's RMS over FINER[role], or what its largest entry needs where that is coarser."""
+    stacks: dict[tuple, list[str]] = {}
+    for name, weight in state.items():
+        if roles[name] in FINER:
+            stacks.setdefault((roles[name], weight.shape, name in hessians), []).append(name)
+    for (role, _, calibrated), names in stacks.items():
+        rows = torch.stack([state[name].flatten(0, -2) for name in names])
+        rms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64) / rows.size(-1) ** 0.5
+        scale = torch.maximum((rms * (step / FINER[role])).float(), rows.abs().amax(dim=-1, keepdim=True) / LARGEST).bfloat16()
+        exact = rows.div_(scale.float().clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num_()  # of rows of zeros, zeros
+        yield names, gptq(exact, torch.stack([hessians[name] for name in names])) if calibrated else to_codes(exact), scale
 
 @contextlib.contextmanager
 def rounded_weights(model: GPT, roles: Roles, step: float | None) -> Iterator[None]:
     """Inside, matrices lie on the export's grid of this step (None: as they are); gradients are taken there (late QAT)."""
     named = model.named_parameters() if step is not None else ()
-    chosen = [(p.detach(), p.detach().clone(), roles[name]) for name, p in named if roles[name] in FINER]
+    masters = {name: (p.detach(), p.detach().clone()) for name, p in named if roles[name] in FINER}
     try:
-        for p, master, role in chosen:
-            p.copy_(on_grid(master, role, step))
+        for names, codes, scale in quantized({name: master for name, (_, master) in masters.items()}, roles, step):
+            for name, rounded in zip(names, from_codes(codes).mul_(scale.float())):
+                masters[name][0].view(rounded.shape).copy_(rounded)
         yield
     finally:
-        for p, master, _ in chosen:
+        for p, master in masters.values():
             p.copy_(master)
 
-def planes(tensor: Tensor) -> list[bytes]:
-    """A tensor's bytes, all lowest ones first. Integers are counted 0, -1, 1, -2 ..., so that small ones have upper bytes of zero."""
-    if not tensor.is_floating_point():
-        tensor = (tensor << 1) ^ (tensor >> 8 * tensor.itemsize - 1)
-    return [plane.numpy().tobytes() for plane in tensor.flatten().view(torch.uint8).view(-1, tensor.itemsize).T]
-def from_planes(raw: list[bytes], kind: torch.dtype) -> Tensor:
-    """The inverse of `planes`, however its bytes are cut into pieces: a flat float32 tensor."""
-    flat = torch.from_numpy(np.frombuffer(b"".join(raw), np.uint8).reshape(kind.itemsize, -1).T.flatten()).view(kind)
-    return (flat if kind.is_floating_point else (flat >> 1 & torch.iinfo(kind).max) ^ -(flat & 1)).float()
+def integer_bytes(codes: Tensor) -> bytes:
+    """Integers of 8 + n bits: n as one byte, the upper 8 bits of each, then one plane of bits for each lower one."""
+    n = max(0, int(codes.abs().max()).bit_length() - 7)
+    shifted = (codes.flatten().int() + (128 << n)).numpy()
+    return b"".join([bytes([n]), (shifted >> n).astype(np.uint8), *(np.packbits(shifted >> bit & 1) for bit in range(n))])
+def read_integers(raw: bytes, count: int) -> Tensor:
+    """The inverse of integer_bytes: a flat float32 tensor."""
+    n, plane = raw[0], -(-count // 8)
+    expect(n <= 8 and len(raw) == 1 + count + n * plane, "a payload has not the size of its tensor")
+    codes = torch.from_numpy(np.frombuffer(raw, np.uint8, count, offset=1).astype(np.float32)).sub_(128).mul_(2 ** n)
+    for bit in range(n):
+        bits = np.unpackbits(np.frombuffer(raw, np.uint8, plane, offset=1 + count + bit * plane), count=count)
+        codes.add_(torch.from_numpy(bits), alpha=2 ** bit)
+    return codes
+def read_floats(raw: bytes, dtype: torch.dtype) -> Tensor:
+    """A flat float32 tensor, from all lowest bytes, all next ones and so on: those that are alike lie together."""
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T.flatten()).view(dtype).float()
 
 def compress(raw: bytes, codec: str, repeats: bool = False) -> bytes:
     """Deflate or zstd. Rounded weights hold no repeats: a search for them costs bytes over Huffman's code alone."""
@@ -1139,51 +1147,43 @@ def expect(true: object, otherwise: str) -> None:
     """ValueError, saying what is otherwise, unless true."""
     if not true:
         raise ValueError(otherwise)
-def inflate(packed: memoryview, codec: str, size: int) -> bytes:
-    """The inverse of compress for `size` bytes; no more are ever inflated. Raises anything for damage."""
+def inflate(packed: memoryview, codec: str, most: int) -> bytes:
+    """The inverse of compress for up to `most` bytes; no more are ever inflated. Raises anything for damage."""
     if codec == "zstd":
-        raw = zstandard.ZstdDecompressor().stream_reader(packed).read(size + 1)
+        raw = zstandard.ZstdDecompressor().stream_reader(packed).read(most + 1)
     else:
         deflate = zlib.decompressobj()
-        raw = deflate.decompress(packed, size + 1)
+        raw = deflate.decompress(packed, most + 1)
         expect(deflate.eof and not deflate.unused_data, "a payload does not end where it should")
-    expect(len(raw) == size, "a payload has not the size of its tensors")
+    expect(len(raw) <= most, "a payload holds more than its tensors")
     return raw
-
 def layout(tensors: Tensors, roles: Roles) -> list[list]:
-    """Name, storage type and shape of every tensor, as the header holds them."""
-    return [[name, str(KINDS[roles[name]]).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()]
-
-def write_payloads(state: Tensors, roles: Roles, step: float, codec: str, hessians: Tensors | None = None) -> list[bytes]:
-    """Compressed: the lowest bytes of each matrix's integers; last the rest of all (upper bytes, row scales, scalars)."""
-    lowest, rest = [], []
-    for name, weight in state.items():
-        if roles[name] in FINER:
-            integers, scale = to_grid(weight, roles[name], step, (hessians or {}).get(name))
-            low, *upper = planes(integers.to(KINDS[roles[name]]))
-            lowest.append(compress(low, codec))
-            rest += [*upper, *planes(scale)]
-        else:
-            rest += planes(weight)
-    return [*lowest, compress(b"".join(rest), codec, repeats=True)]
-
+    """Name, role and shape of every tensor, as the header holds them."""
+    return [[name, roles[name], list(tensor.shape)] for name, tensor in tensors.items()]
+def write_payloads(state: Tensors, roles: Roles, step: float, codec: str, hessians: Mapping = {}) -> list[bytes]:
+    """Compressed: the codes of each matrix; last, the row scales and scalars of all."""
+    grids = {name: grid for names, *stacks in quantized(state, roles, step, hessians) for name, *grid in zip(names, *stacks)}
+    rest = (grids[name][1] if name in grids else weight for name, weight in state.items())
+    last = b"".join(x.flatten().view(torch.uint8).view(-1, x.itemsize).T.numpy().tobytes() for x in rest)  # see `read_floats`
+    return [*(compress(integer_bytes(grids[name][0]), codec) for name in state if name in grids), compress(last, codec, repeats=True)]
 def read_payloads(packed: list[memoryview], codec: str, tensors: Tensors, roles: Roles) -> dict[str, Tensor]:
     """The inverse of write_payloads, for the shapes of (meta) tensors."""
-    sizes = {name: (p.numel(), p.numel() // p.size(-1)) if roles[name] in FINER else (0, 0) for name, p in tensors.items()}
-    total = sum(p.numel() * KINDS[roles[name]].itemsize - sizes[name][0] + 2 * sizes[name][1] for name, p in tensors.items())
-    *lowest, last = packed
-    rest, parts, state = io.BytesIO(inflate(last, codec, total)), iter(lowest), {}
+    rows = {name: p.numel() // p.size(-1) for name, p in tensors.items() if roles[name] in FINER}
+    total = sum(2 * rows[name] if name in rows else 4 * p.numel() for name, p in tensors.items())
+    *parts, last = packed
+    expect(len(parts) == len(rows), "it has not one payload for each matrix")
+    rest, state = io.BytesIO(inflate(last, codec, total)), {}
+    expect(len(rest.getbuffer()) == total, "its last payload is too short")
     for name, p in tensors.items():
-        kind, (low, rows) = KINDS[roles[name]], sizes[name]
-        flat = from_planes([inflate(next(parts), codec, low) if low else b"", rest.read(kind.itemsize * p.numel() - low)], kind)
-        if rows:
-            flat.view(rows, -1).mul_(from_planes([rest.read(2 * rows)], torch.bfloat16)[:, None])
-        expect(flat.isfinite().all(), f"{name} holds a value that is no number")
-        state[name] = flat.view(p.shape)
-    expect(not next(parts, None), "it has more payloads than tensors")
+        if name in rows:
+            codes = read_integers(inflate(parts.pop(0), codec, 9 + 3 * p.numel()), p.numel()).view(rows[name], -1)
+            state[name] = from_codes(codes).mul_(read_floats(rest.read(2 * rows[name]), torch.bfloat16)[:, None]).view(p.shape)
+        else:
+            state[name] = read_floats(rest.read(4 * p.numel()), torch.float32).view(p.shape)
+        expect(state[name].isfinite().all(), f"{name} holds a value that is no number")
     return state
 
-def encode(state: Tensors, roles: Roles, settings: Hyperparameters, step: float, hessians: Tensors | None = None) -> bytes:
+def encode(state: Tensors, roles: Roles, settings: Hyperparameters, step: float, hessians: Mapping = {}) -> bytes:
     """The artifact's bytes, a pure function of the arguments: weights, and the settings of the model and its evaluation."""
     payloads = write_payloads(state, roles, step, settings.compress_algo, hessians)
     facts = dict(settings={name: getattr(settings, name) for name in STORED}, tensors=layout(state, roles),
@@ -1191,7 +1191,6 @@ def encode(state: Tensors, roles: Roles, settings: Hyperparameters, step: float,
     header = json.dumps(facts, separators=(",", ":")).encode()
     body = b"".join([len(header).to_bytes(4, "little"), header, *payloads])
     return MAGIC + hashlib.sha256(body).digest() + body
-
 def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The inverse of encode, weights in float32. UserError for anything else, before a byte is inflated that has no place."""
     try:
@@ -1217,7 +1216,6 @@ def unpack(blob: bytes) -> tuple[dict[str, object], dict[str, Tensor]]:
         raise UserError(f"was made for settings that this program refuses ({ascii(str(error))[:300]})") from None
     except Exception as error:  # whatever a hostile file can provoke in json, struct, zlib or zstandard
         raise UserError(f"is no artifact of this program, or a damaged one ({ascii(str(error))[:300]})") from None
-
 def read_artifact(variable: str, name: str, limit: float, world: World) -> tuple[dict[str, object], dict[str, Tensor]]:
     """`unpack` of a file on rank 0's disk; UserError, naming the variable, also where it is missing or above `limit` bytes."""
     path = Path(name)
@@ -1232,23 +1230,20 @@ def read_artifact(variable: str, name: str, limit: float, world: World) -> tuple
         raise UserError(f"{variable}={name}: {fault}") from None
 
 def fit(size: Callable[[float], float], limit: float) -> float:
-    """The finest quantization step with size(step) <= limit, to 0.1%; 0 if plain rounding fits; 64 if nothing does."""
-    if size(0.0) <= limit:
-        return 0.0
-    low, high = 0.01, 64.0
-    for _ in range(20 if size(high) <= limit else 0):
-        found = size(middle := (low * high) ** 0.5)
-        low, high = (low, middle) if found <= limit else (middle, high)
-        if 0.999 * limit <= found <= limit:
+    """The finest step with size(step) <= limit, to 0.1% of it; COARSEST if nothing fits. Bytes are almost linear in its logarithm."""
+    low, high, over, under = FINEST, COARSEST, size(FINEST) - limit, limit - size(COARSEST)
+    for _ in range(20):
+        if over <= 0 or under <= 0.001 * limit:
             break
-    return high
-
-def pack(state: Tensors, roles: Roles, settings: Hyperparameters, limit: int, hessians: Tensors | None = None) -> tuple[bytes, float]:
+        found = size(middle := low * (high / low) ** (over / (over + under))) - limit
+        low, over, high, under = (middle, found, high, under) if found > 0 else (low, over, middle, -found)
+    return low if over <= 0 else high
+def pack(state: Tensors, roles: Roles, settings: Hyperparameters, limit: int, hessians: Mapping = {}) -> tuple[bytes, float]:
     """The finest artifact within `limit` bytes, and its step. Deterministic: the same weights give the same bytes."""
     state = {name: weight.detach().float().cpu() for name, weight in state.items()}
     step = fit(lambda step: len(encode(state, roles, settings, step)), limit)
-    while len(blob := encode(state, roles, settings, step, hessians)) > limit and hessians and step < 64:
-        step = max(step, 0.01) * (1.0003 * len(blob) / limit) ** 3  # gptq's integers are a little wider spread
+    while len(blob := encode(state, roles, settings, step, hessians)) > limit and hessians and step < COARSEST:
+        step *= (1.0003 * len(blob) / limit) ** 3  # gptq's integers are a little wider spread
     return blob, step
 
 def build_model(settings: Hyperparameters, world: World, state: Tensors | None = None) -> GPT:
@@ -1258,12 +1253,11 @@ def build_model(settings: Hyperparameters, world: World, state: Tensors | None =
     if state is not None:
         model.load_state_dict(state)
     return model
-
 def adopt(model: GPT, stored: Mapping[str, object], weights: Tensors, settings: Hyperparameters) -> str:
     """Start a model from an artifact's trunk, and from its head where that is of the same type and size; says which."""
     shapes, own = ({name: tensor.shape for name, tensor in tensors} for tensors in (weights.items(), model.named_parameters()))
-    same = shapes == own and all(stored[name] == getattr(settings, name) for name in ("head_type", "head_variant"))
-    same &= settings.head_untie_frac == 0  # a head that still follows the embedding starts from it
+    same = shapes == own and all(stored[name] == getattr(settings, name) for name in ("head_type", "head_variant")) and (
+        settings.head_untie_frac == 0)  # a head that still follows the embedding starts from it
     model.load_state_dict({name: w for name, w in weights.items() if same or not name.startswith("head.")}, strict=same)
     if not same:
         model.head.copy_embedding(model.tok_emb.weight)
@@ -1330,7 +1324,12 @@ def claim_run(settings: Hyperparameters, facts: Mapping[str, str]) -> tuple[dict
     interrupted one. UserError where that is damaged, in progress, or of other settings or `facts`, or where the disk is full."""
     import fcntl
     name, folder = f"RUN_ID={settings.run_id}", Path("runs") / settings.run_id
+    with torch.device("meta"):  # no memory
+        needed = 2 * settings.size_limit_bytes + 40 * sum(p.numel() for p in GPT(settings).parameters())
     with writing(folder):
+        new = not any((folder / file).exists() for file in ("submission.json", "checkpoint.pt"))
+        if new and shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free < needed:
+            raise UserError(f"{folder}: has less than {needed} bytes free; free the disk or use another folder")
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)  # closed by the end of the process, however it comes
     try:
@@ -1355,10 +1354,6 @@ def claim_run(settings: Hyperparameters, facts: Mapping[str, str]) -> tuple[dict
         raise UserError(f"{field}={variables(settings)[field]}: {name} is a run with {field}={value}; choose another RUN_ID")
     if not same:
         raise UserError(f"{name}: its checkpoint is of another source, data or torch; choose another RUN_ID")
-    with torch.device("meta"):  # no memory
-        needed = 2 * settings.size_limit_bytes + 40 * sum(p.numel() for p in GPT(settings).parameters())
-    if not theirs and shutil.disk_usage(folder).free < needed:
-        raise UserError(f"{folder}: has less than {needed} bytes free; free the disk or use another folder")
     return result, state
 
 # ---- Train: the loop, and the bench that times its step -------------------------------------------------------------
@@ -1423,11 +1418,21 @@ class Trainer:
         """The weights that the artifact will hold: the average, or the last ones."""
         return dict(zip(self.roles, self.average or [p.detach() for p in self.parameters]))
     def hessians(self, shards: Shards) -> dict[str, Tensor]:
-        """gptq's Hessians of the weights that will be exported, from at least 65,536 training tokens."""
+        """For gptq, from at least 65,536 training tokens: sums of x x^T over all inputs x of each Linear and of the embedding that
+        makes logits, by the name of its weight, in the model that will be exported."""
         self.world.wait_at_most(PATIENT)
-        count = -(-65536 // self.settings.train_batch_tokens)
-        batches = (train_batch(shards, index, self.settings, self.world) for index in range(count))
-        return calibrate(build_model(self.settings, self.world, self.exported()), batches, self.world)
+        model, sums = build_model(self.settings, self.world, self.exported()), {}
+        names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+        names[model.head] = "tok_emb.weight" if model.head.products_with_E else "head.D_VD"
+        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if name := names.get(module):
+                x_ND = inputs[0].flatten(0, -2).float()
+                sums[name] = torch.addmm(sums[name], x_ND.T, x_ND) if name in sums else x_ND.T @ x_ND
+        with torch.no_grad(), nn.modules.module.register_module_forward_pre_hook(add):
+            for index in range(-(-65536 // self.settings.train_batch_tokens)):
+                for x_BT, _ in train_batch(shards, index, self.settings, self.world):
+                    add(model.head, (model.hidden(x_BT),))
+        return {name: self.world.sum(total).cpu() for name, total in sums.items()}
     def begin(self, shards: Shards, state: Mapping[str, object] | None, log: RunLog) -> None:
         """The start, or a checkpoint's state; then WARMUP_STEPS steps that prime compiled code and caches, and are undone."""
         if state is None:
@@ -1497,7 +1502,6 @@ def later(value: Tensor) -> Callable[[], float]:
     """Starts to copy a scalar to the host; the call waits for that copy, not for the work queued behind it."""
     host, event = value.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event() if value.is_cuda else None
     return lambda: (event is None or event.synchronize(), host.item())[1]
-
 def train(trainer: Trainer, shards: Shards, validation: Validation, log: RunLog) -> dict[str, Tensor]:
     """Train until ITERATIONS or the time cap; ends with a checkpoint. Returns gptq's Hessians, if it is to be used."""
     s, world, clock = trainer.schedule, trainer.world, trainer.clock.start()
@@ -1572,7 +1576,6 @@ def welch(a: list[float], b: list[float]) -> tuple[float, float]:
     angle = np.linspace(0, math.pi / 2, 200_001)  # with t = sqrt(freedom) tan(angle), Student's density is a power of cos
     density = np.cos(angle).clip(0) ** (freedom - 1)
     return float(t), float(density[angle >= math.atan(abs(t) / math.sqrt(freedom))].sum() / density.sum())
-
 def read_results(pattern: str) -> tuple[list[dict], list[str]]:
     """The results of finished runs, and a line about each folder that holds none and each difference in circumstances."""
     results, remarks = [], []
@@ -1591,7 +1594,6 @@ def read_results(pattern: str) -> tuple[list[dict], list[str]]:
         values = sorted({str(result.get(name)) for result in results})
         remarks += [f"the runs differ in {name}: {', '.join(value[:40] for value in values)}"] if len(values) > 1 else []
     return results, remarks
-
 def against_tied(runs: list[dict], groups: list[list[dict]]) -> str:
     """The difference of the mean bpb to that of the tied runs whose settings are the most alike, with Welch's t and p."""
     tied = [group for group in groups if group[0]["head"] == "tied"]
@@ -1601,7 +1603,6 @@ def against_tied(runs: list[dict], groups: list[list[dict]]) -> str:
     ours, theirs = ([run["val_bpb"] for run in group] for group in (runs, alike))
     tested = min(len(ours), len(theirs)) > 1 and len({*ours}) + len({*theirs}) > 2
     return f"{np.mean(ours) - np.mean(theirs):+.5f}" + (" (t {:.2f}, p {:.2g})".format(*welch(ours, theirs)) if tested else "")
-
 def run_table(settings: Hyperparameters, world: World) -> int:
     """MODE=table: one Markdown row for each configuration, its seeds against those of `tied`; learning curves as a PNG."""
     results, remarks = read_results(settings.runs)
@@ -1616,6 +1617,8 @@ def run_table(settings: Hyperparameters, world: World) -> int:
         bpb, size, ms, steps = ([run[name] for run in runs] for name in ("val_bpb", "bytes_total", "ms", "step_stop"))
         differs = " ".join(f"{n.upper()}={as_text(runs[0]['key'].get(n))}" for n in differing if n != "head_type")
         seeds, over = " ".join(str(run["seed"]) for run in runs), " OVER" if any(run["over"] for run in runs) else ""
+        if len({run["seed"] for run in runs}) < len(runs):
+            remarks.append(f"{runs[0]['folder']}: another run has its settings and its seed; Welch's test takes them for independent")
         spread = f" +- {np.std(bpb, ddof=1):.5f}" if len(runs) > 1 else ""
         lines.append(f"| {runs[0]['head']} | {differs} | {seeds} | {np.mean(bpb):.5f}{spread}"
                      f" | {against_tied(runs, groups)} | {max(size)}{over} | {np.mean(ms):.1f} | {np.mean(steps):.0f} |")
@@ -1623,7 +1626,6 @@ def run_table(settings: Hyperparameters, world: World) -> int:
     if world.rank == 0:
         print(draw_curves(results))
     return 0
-
 def draw_curves(results: list[dict]) -> str:
     """Draw the training losses of all runs beside their folders; a line that says where, or why not."""
     try:
@@ -1636,7 +1638,7 @@ def draw_curves(results: list[dict]) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             records = map(json.loads, (result["folder"] / "metrics.jsonl").read_text().splitlines())
             points = [(record["train_seconds"], record["train_loss"]) for record in records if record["kind"] == "train"]
-            axes.plot(*zip(*points), label=result["folder"].name)
+            axes.plot(*zip(*points), label=result["folder"].name.replace("$", r"\$"))
     axes.legend(handles=axes.lines, fontsize=7)
     figure.savefig(picture, dpi=120, format="png")
     write_whole(path, picture.getvalue())
@@ -1653,7 +1655,6 @@ def load_validation(settings: Hyperparameters, world: World) -> Validation:
     if not byte_counts(tokens_N[:-1], tokens_N[1:]).any():
         raise UserError(f"DATA_PATH={settings.data_path}: the {settings.eval_split} split holds no text, only control tokens")
     return tokens_N, byte_counts
-
 def score(weights: Mapping[str, Tensor], validation: Validation, s: Hyperparameters, world: World) -> tuple[GPT, float, float, float]:
     """A fresh model with these weights; its loss, bits per byte and seconds of evaluation at EVAL_STRIDE."""
     model, clock = build_model(s, world, weights), Clock(world).start()
@@ -1730,7 +1731,6 @@ def export(trainer: Trainer, hessians: Mapping[str, Tensor], path: Path, log: Ru
     log.write(f"Code size: {code} bytes\nSerialized model int8+{codec}: {packed} bytes\n"
               f"Total submission size int8+{codec}: {total} bytes\nsize_limit: {limit} bytes headroom: {limit - total} bytes{over}")
     return dict(bytes_total=total, bytes_code=code, bytes_model_int8_zlib=packed)
-
 def finish(trainer: Trainer, hessians: Mapping[str, Tensor], validation: Validation, log: RunLog) -> dict[str, object]:
     """Score the final weights, export, reload from disk, score again, write submission.json."""
     s, world, path = trainer.settings, trainer.world, Path("runs") / trainer.settings.run_id / "final_model.int8.ptz"

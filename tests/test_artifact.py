@@ -27,14 +27,14 @@ from hypothesis import strategies as st
 
 import train_gpt
 from train_gpt import (
-    GPT, HEADS, LONGEST_HEADER, MAGIC, VARIANTS, Hyperparameters, UserError, World, build_model, encode, on_grid, pack,
-    read_artifact, read_payloads, unpack, write_payloads)
+    FINEST, GPT, HEADS, LARGEST, LONGEST_HEADER, MAGIC, VARIANTS, Hyperparameters, UserError, World, build_model, encode, from_codes,
+    integer_bytes, pack, quantized, read_artifact, read_integers, read_payloads, to_codes, unpack, write_payloads)
 
 SMALL = dict(
     vocab_size=64, num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=4, bigram_vocab_size=40,
     bigram_dim=16, ve_dim=16, ve_layers="1", xsa_last_n=1, train_seq_len=16, train_batch_tokens=64, head_rank=16,
     head_dim=16, eval_stride=8, compile="0", compute_dtype="fp32")
-LEVELS = dict(matrix=127, table=127, tied=32767, vocab=32767)  # by role; scalars are not rounded
+ROLES = ("matrix", "table", "tied", "vocab")  # scalars are not rounded
 CODECS = ("zlib", "zstd")
 LIMIT = 16_000_000
 
@@ -68,7 +68,7 @@ def random_model(**changes):
     return model
 
 
-def whole(model, settings, step=0.0):
+def whole(model, settings, step=FINEST):
     """The artifact of a model."""
     return encode(model.state_dict(), train_gpt.parameter_roles(model), settings, step)
 
@@ -84,12 +84,25 @@ def student_t(rows=768, columns=512, seed=0):
 
 KINDS = dict(gaussian=gaussian, student_t=student_t)
 each_kind = pytest.mark.parametrize("kind", KINDS)
-each_role = pytest.mark.parametrize("role", LEVELS)
+each_role = pytest.mark.parametrize("role", ROLES)
 each_codec = pytest.mark.parametrize("codec", CODECS)
 
 
 def packed(weight, limit, codec="zlib", role="matrix"):
     return pack({"w": weight}, {"w": role}, small(compress_algo=codec), limit)
+
+
+def codes_and_scale(weight, role, step, hessian=None):
+    """Of one matrix or stack, as rows."""
+    hessians = {} if hessian is None else {"w": hessian}
+    (_, (codes,), (scale,)), = quantized({"w": weight}, {"w": role}, step, hessians)
+    return codes, scale.float()
+
+
+def on_grid(weight, role, step, hessian=None):
+    """The weight as it will be after export at this step."""
+    codes, scale = codes_and_scale(weight, role, step, hessian)
+    return (from_codes(codes) * scale).view_as(weight)
 
 
 def payload_bytes(weight, role, step, codec="zlib"):
@@ -113,56 +126,198 @@ def error_of(found, weight):
 # ---- The grid --------------------------------------------------------------------------------------------------------
 
 
+def roots():
+    """The 240 shortest vectors of E8: whoever is nearer than each of them to a point is in its Voronoi cell."""
+    whole = [[i == j and a or i == k and b for i in range(8)] for j in range(8) for k in range(j) for a in (-1, 1) for b in (-1, 1)]
+    half = [signs for signs in itertools.product((-0.5, 0.5), repeat=8) if sum(signs) % 2 == 0]
+    return torch.tensor(whole + half, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0, 50.0])
+def test_the_point_of_the_codes_is_the_nearest_one_of_the_lattice(spread):
+    x = spread * torch.randn(8, 500, generator=torch.Generator().manual_seed(0))
+    points = from_codes(to_codes(x))
+    twice = (2 * points).long()
+    assert len(roots()) == 240 and torch.equal(twice, (2 * points).round())
+    assert ((twice % 2 == twice[0] % 2).all(0)).all() and (points.sum(0) % 2 == 0).all()  # all whole or all half, of even sum
+    miss = (x - points).double()
+    others = (miss.T[:, None] - roots()).square().sum(-1)
+    assert (miss.square().sum(0)[:, None] <= others + 1e-4).all()
+
+
+def test_the_lattice_saves_the_fourteen_percent_of_its_second_moment():
+    """0.0716821 a dimension (Conway and Sloane, Sphere Packings, table 2.3) against 1 / 12."""
+    x = 100 * torch.rand(8, 40000, generator=torch.Generator().manual_seed(0))
+    assert (from_codes(to_codes(x)) - x).square().mean().item() == pytest.approx(0.0716821, rel=0.01)
+
+
+@budget(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), st.sampled_from([1, 3, 100, LARGEST]), st.integers(0, 99))
+def test_any_codes_have_points_whose_codes_they_are(stacked, rows, columns, largest, seed):
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-largest, largest + 1, (stacked, rows, columns), generator=draw).float()
+    points = from_codes(codes.clone())
+    assert torch.equal(to_codes(points), codes)
+    assert torch.equal(points[:, rows // 8 * 8:], codes[:, rows // 8 * 8:])  # the last, fewer than eight rows are plain integers
+
+
 @each_role
-@pytest.mark.parametrize("step", [0.0, 0.05, 0.15, 1.0, 8.0])
+@pytest.mark.parametrize("step", [FINEST, 0.05, 0.15, 1.0, 8.0])
 @each_kind
-def test_every_weight_is_within_half_a_step_and_none_is_clipped(kind, step, role):
+def test_no_weight_is_clipped_and_eight_are_within_a_step_of_their_point(kind, step, role):
     for seed in range(3):
-        w = KINDS[kind](200, 64, seed)
-        w[5, 3] = 300.0  # an outlier
-        q, scale = train_gpt.to_grid(w, role, step)
-        assert torch.equal(q, q.round()) and q.abs().max() <= LEVELS[role]
-        found = on_grid(w, role, step)
-        torch.testing.assert_close(found, q * scale.float(), rtol=0, atol=0)
-        assert ((found - w).abs() <= scale.float() / 2 * (1 + 1e-3)).all()
+        w = KINDS[kind](203, 64, seed)
+        w[5, 3] = 3e5  # an outlier
+        q, scale = codes_and_scale(w, role, step)
+        assert torch.equal(q, q.round()) and q.abs().max() < 2 ** 15
+        miss = (on_grid(w, role, step) - w) / scale
+        slack = 1e-6 * (w / scale).abs().max()  # of float32
+        assert miss[:200].view(25, 8, 64).square().sum(1).max() <= (1 + slack) ** 2  # E8's covering radius
+        assert miss[200:].abs().max() <= 0.5 + slack
 
 
 @each_role
-def test_step_zero_is_plain_absmax(role):
-    w = gaussian(100, 64)
-    _, scale = train_gpt.to_grid(w, role, 0.0)
-    torch.testing.assert_close(scale.float(), w.abs().amax(1, keepdim=True) / LEVELS[role], rtol=2**-7, atol=0)
-    assert train_gpt.to_grid(w, role, 0.0)[0].abs().amax(1).min() >= 0.98 * LEVELS[role]
+@pytest.mark.parametrize("kind", [*KINDS, "sign"])
+def test_the_finest_step_is_finer_than_plain_int8(kind, role):
+    """Integers of 8 bits on a scale by the largest entry, whatever the row."""
+    w = torch.sign(gaussian()) if kind == "sign" else KINDS[kind]()
+    scale = w.abs().amax(1, keepdim=True) / 127
+    off = w + 0.4 * scale * (kind == "sign")  # plain int8 is exact for signs alone
+    plain = (off / scale).round() * scale
+    assert error_of(on_grid(off, role, FINEST), off) < error_of(plain, off)
 
 
 @each_role
-@pytest.mark.parametrize("step", [0.0, 0.2])
+@pytest.mark.parametrize("step", [FINEST, 0.2])
 def test_the_relative_error_of_a_row_does_not_depend_on_its_size(role, step):
-    w = gaussian(40, 64)
+    w = gaussian(43, 64)
     usual = on_grid(w, role, step)
-    for size in (1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30):
+    for power in (-90, -30, 30, 90):
         mixed = w.clone()
-        mixed[::2] *= size  # the neighbours stay as they are
+        mixed[::2] *= 2.0 ** power  # the neighbours stay as they are
         found = on_grid(mixed, role, step)
-        torch.testing.assert_close(found[1::2], usual[1::2], rtol=0, atol=0)
-        error = error_of(found[::2].double() / size, w[::2].double())
-        assert error <= 1.1 * error_of(usual[::2], w[::2]), size
+        found[::2] /= 2.0 ** power
+        torch.testing.assert_close(found, usual, rtol=0, atol=0)
 
 
 @each_role
 def test_zero_rows_stay_zero(role):
     w = gaussian(20, 32)
-    w[7] = 0
-    for step in (0.0, 0.3):
+    w[7] = w[18] = 0
+    for step in (FINEST, 0.3):
         found = on_grid(w, role, step)
-        assert not found[7].any() and found[6].any() and torch.isfinite(found).all()
+        assert not found[[7, 18]].any() and found[[6, 17]].any() and torch.isfinite(found).all()
+        assert not on_grid(0 * w, role, step).any()
 
 
 def test_a_stack_is_rounded_as_its_matrices_and_what_makes_logits_more_finely():
-    w = gaussian(60, 32).view(3, 20, 32)
+    w = gaussian(72, 32).view(3, 24, 32)
     torch.testing.assert_close(on_grid(w, "matrix", 0.2), torch.stack([on_grid(m, "matrix", 0.2) for m in w]))
-    for role, gain in (("table", 3), ("tied", 30), ("vocab", 30)):
+    for role, gain in (("table", 3), ("tied", 200), ("vocab", 50)):
         assert error_of(on_grid(w, role, 0.2), w) < error_of(on_grid(w, "matrix", 0.2), w) / gain, role
+
+
+def test_matrices_rounded_together_are_rounded_as_alone():
+    state = {name: gaussian(*shape) for name, shape in dict(a=(40, 16), b=(16, 40), c=(40, 16), s=(3, 3), d=(40, 16)).items()}
+    roles = dict(a="matrix", b="matrix", c="matrix", d="tied", s="scalar")
+    stacks = [*quantized(state, roles, 0.2)]
+    assert sorted(names for names, _, _ in stacks) == [["a", "c"], ["b"], ["d"]]
+    for names, codes, scales in stacks:
+        for name, code, scale in zip(names, codes, scales):
+            alone = codes_and_scale(state[name], roles[name], 0.2)
+            assert torch.equal(code, alone[0]) and torch.equal(scale.float(), alone[1]), name
+
+
+# ---- GPTQ ------------------------------------------------------------------------------------------------------------
+
+
+def correlated(columns, seed=0, rank=None):
+    """sum x x^T over inputs whose channels are correlated and of very different sizes, and the inputs."""
+    draw = torch.Generator().manual_seed(seed)
+    mix = torch.randn(rank or columns, columns, generator=draw) * torch.logspace(-1, 1, columns)
+    x = torch.randn(4 * columns, rank or columns, generator=draw) @ mix
+    return x.T @ x, x
+
+
+def output_error(found, w, x):
+    return ((x @ (found - w).T).square().sum() / (x @ w.T).square().sum()).item()
+
+
+@pytest.mark.parametrize("step", [0.05, 0.2, 0.6])
+@pytest.mark.parametrize("columns", [20, 32, 33, 150])
+def test_gptq_at_least_halves_the_error_of_the_outputs_of_correlated_inputs(columns, step):
+    w = gaussian(64, columns)
+    H, x = correlated(columns, rank=columns // 2)
+    assert output_error(on_grid(w, "matrix", step, H), w, x) < 0.5 * output_error(on_grid(w, "matrix", step), w, x)
+
+
+def test_gptq_of_inputs_alike_and_uncorrelated_is_plain_rounding():
+    w = gaussian(64, 96)
+    assert torch.equal(codes_and_scale(w, "matrix", 0.2, 3.0 * torch.eye(96))[0], codes_and_scale(w, "matrix", 0.2)[0])
+
+
+def plain_gptq(w, H):
+    """Frantar et al. 2022, equation (3), without blocks or a Cholesky factor: the inverse of what remains, column by column."""
+    w, order = w.double(), H.diagonal().argsort(descending=True).tolist()
+    H = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(len(H), dtype=torch.float64)
+    codes = torch.empty_like(w)
+    for i, column in enumerate(order):
+        rest = order[i:]
+        inverse = torch.linalg.inv(H[rest][:, rest])
+        codes[:, column] = to_codes(w[:, column, None])[:, 0]
+        error = (w[:, column] - from_codes(codes[:, column, None].clone())[:, 0]) / inverse[0, 0]
+        w[:, rest[1:]] -= error[:, None] * inverse[0, 1:]
+    return codes
+
+
+def test_gptq_is_the_paper_s_column_by_column_rule():
+    H, _ = correlated(70)
+    exact = 4 * gaussian(24, 70)
+    found = train_gpt.gptq(exact[None].double(), H[None])[0]
+    assert torch.equal(found, plain_gptq(exact, H))
+
+
+def test_gptq_of_a_stack_is_that_of_its_matrices_and_survives_inputs_that_never_vary():
+    w = gaussian(48, 40).view(3, 16, 40)
+    hessians = [correlated(40)[0], torch.zeros(40, 40), correlated(40, rank=1)[0]]
+    together = train_gpt.gptq(6 * w, torch.stack(hessians))
+    for m, H, found in zip(w, hessians, together):
+        assert torch.equal(found, train_gpt.gptq(6 * m[None], H[None])[0]) and found.isfinite().all()
+
+
+def test_calibration_sums_the_inputs_of_every_linear_and_of_the_logits(demo):
+    s = small(vocab_size=1024, train_seq_len=64, train_batch_tokens=2**15, data_path=str(demo), head_type="bigram")
+    shards, world = train_gpt.Shards(demo, "train", 1024), cpu_world()
+    trainer = train_gpt.Trainer(build_model(s, world), s, world)
+    found, seen = trainer.hessians(shards), {}
+    model = build_model(s, world, trainer.exported())
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, train_gpt.Linear)}
+    for name, module in linears.items():
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(f"{name}.weight", []).append(inputs[0]))
+    with torch.no_grad():
+        for step in (0, 1):  # 65,536 tokens
+            for x, _ in train_gpt.train_batch(shards, step, s, world):
+                seen.setdefault("tok_emb.weight", []).append(model.hidden(x))
+    assert found.keys() == seen.keys() == {"tok_emb.weight", *(f"{name}.weight" for name in linears)}
+    for name, inputs in seen.items():
+        x = torch.cat([part.flatten(0, -2) for part in inputs])
+        assert len(x) == 2**16
+        torch.testing.assert_close(found[name], x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_an_artifact_by_gptq_meets_its_limit_and_loses_less():
+    model, world = random_model(model_dim=64, vocab_size=64, head_type="tied"), cpu_world()
+    state, roles, s = model.state_dict(), train_gpt.parameter_roles(model), small(model_dim=64)
+    hessians = {name: correlated(weight.size(-1), rank=weight.size(-1) // 2)[0] for name, weight in state.items()
+                if roles[name] == "matrix"}
+    limit = int(0.6 * len(pack(state, roles, s, 10**9)[0]))
+    (plain, _), (blob, _) = pack(state, roles, s, limit), pack(state, roles, s, limit, hessians)
+    assert 0.99 * limit <= len(blob) <= limit and pack(state, roles, s, limit, hessians)[0] == blob
+    found, usual = unpack(blob)[1], unpack(plain)[1]
+    for name in hessians:
+        x = correlated(state[name].size(-1), rank=state[name].size(-1) // 2)[1]
+        assert output_error(found[name], state[name], x) < 0.5 * output_error(usual[name], state[name], x), name
+    assert world.size == 1
 
 
 def test_only_what_makes_logits_has_the_fine_role():
@@ -183,22 +338,33 @@ def test_pack_uses_the_limit_to_within_half_a_percent_and_is_deterministic(kind,
     need_codec(codec)
     w = KINDS[kind]()
     plain = len(packed(w, 10**9, codec)[0])
-    for share in (0.9, 0.7, 0.5):
+    for share in (0.9, 0.7, 0.5, 0.3):
         limit = int(share * plain)
         blob, step = packed(w, limit, codec)
-        assert 0.995 * limit <= len(blob) <= limit and step > 0
+        assert 0.995 * limit <= len(blob) <= limit and step > FINEST
     assert packed(w, limit, codec) == (blob, step)
 
 
 @each_codec
 @pytest.mark.parametrize("slack", [0, 1, 10**6])
-def test_pack_rounds_plainly_where_that_fits(slack, codec):
+def test_pack_takes_the_finest_step_where_that_fits(slack, codec):
     need_codec(codec)
     w = gaussian(200, 100)
     blob, step = packed(w, 10**9, codec)
-    assert step == 0.0
-    assert packed(w, len(blob) + slack, codec) == (blob, 0.0)
-    assert packed(w, len(blob) - 1, codec)[1] > 0
+    assert step == FINEST
+    assert packed(w, len(blob) + slack, codec) == (blob, FINEST)
+    assert packed(w, len(blob) - 1, codec)[1] > FINEST
+
+
+def test_the_fit_finds_the_finest_step_and_says_where_there_is_none():
+    for scale in (1, 1e3, 1e9):
+        def size(step, scale=scale):
+            return scale * (100 - 7 * math.log2(step) + step ** -0.5)
+        for step in (0.01, 0.1, 1.0, 5.0):
+            found = train_gpt.fit(size, size(step))
+            assert step <= found and 0.999 * size(step) <= size(found) <= size(step)
+        assert train_gpt.fit(size, size(FINEST)) == FINEST == train_gpt.fit(size, 1e30)
+        assert train_gpt.fit(size, 0.9 * size(train_gpt.COARSEST)) == train_gpt.COARSEST
 
 
 def test_a_mixed_model_also_meets_its_limit():
@@ -215,17 +381,15 @@ def entropy(integers):
 
 
 @each_codec
-@pytest.mark.parametrize("role", ["matrix", "vocab", "tied"])
+@each_role
 @each_kind
-@pytest.mark.parametrize("step", [0.0, 0.05, 0.12, 0.158, 0.3])
+@pytest.mark.parametrize("step", [FINEST, 0.03, 0.05, 0.12, 0.158, 0.3])
 def test_payloads_are_near_the_order_0_entropy_of_the_integers(step, kind, role, codec):
-    """Within 1.5% for deflate, and 3% for zstd, whose Huffman tables (one for 128 KiB) cost a little more. Where over 1% of the
-    integers exceed 8 bits, what the two bytes tell of each other is lost: at most 5%, of the 2-4% of a model that have 16."""
+    """Within 1.5% for deflate, and 3% for zstd, whose Huffman tables (one for 128 KiB) cost a little more."""
     need_codec(codec)
     w = KINDS[kind](1024, 512)
-    q, _ = train_gpt.to_grid(w, role, step)
-    allowed = 1.05 if (q.abs() > 127).float().mean() > 0.01 else dict(zlib=1.015, zstd=1.03)[codec]
-    assert payload_bytes(w, role, step, codec) <= allowed * (entropy(q) + 2 * len(w))
+    q, _ = codes_and_scale(w, role, step)
+    assert payload_bytes(w, role, step, codec) <= dict(zlib=1.015, zstd=1.03)[codec] * (entropy(q) + 2 * len(w))
 
 
 @each_codec
@@ -236,18 +400,14 @@ def test_payloads_of_a_model_are_near_the_order_0_entropy_of_its_integers(step, 
     state, roles, ideal = {}, {}, 0
     for i, (role, rows) in enumerate([*[("matrix", 1536)] * 8, ("table", 512), ("tied", 256), ("scalar", 8)]):
         state[f"{i}"], roles[f"{i}"] = student_t(rows, 512, seed=i), role
-        ideal += 2048 * rows if role == "scalar" else entropy(train_gpt.to_grid(state[f"{i}"], role, step)[0]) + 2 * rows
+        ideal += 2048 * rows if role == "scalar" else entropy(codes_and_scale(state[f"{i}"], role, step)[0]) + 2 * rows
     assert sum(map(len, write_payloads(state, roles, step, codec))) <= dict(zlib=1.015, zstd=1.03)[codec] * ideal
 
 
 QUANTIZERS = {  # levels, clipping quantile, codec at its highest level: study A with either codec, study B
     "int6 zlib": (31, 1.0, "zlib"), "int6 zstd": (31, 1.0, "zstd"), "int8 zlib": (127, 0.9999984, "zlib")}
-SHORT = {  # where the 10% and 25% are not reached, what was measured, and why
-    ("gaussian", 1.0, "int6 zstd"): "4.7%; a scalar grid under an ideal entropy coder would reach 8.3%",
-    ("gaussian", 1.0, "int8 zlib"): "-0.1%: plain int8 fits in 0.5% less, and nothing finer is stored (16 bits would give 6%)",
-    ("student_t", 1.0, "int8 zlib"): "-0.1%: plain int8 fits in 2.7% less, and nothing finer is stored (16 bits would give 54%)",
-    ("gaussian", 0.04, "int6 zstd"): "-1.2%: the floor makes it an even grid of 3 levels a deviation, as ours at this size",
-    ("student_t", 0.04, "int6 zstd"): "0.7%: as above"}
+SHORT = {  # where the 25% are not reached, what was measured, and why
+    ("student_t", 0.04, "int6 zstd"): "12%: their floor makes an even grid of 2 levels a deviation; ours is better by E8 alone"}
 
 
 def studies_rounding(weight, levels, quantile):
@@ -273,26 +433,31 @@ def test_error_at_equal_bytes_is_well_below_that_of_the_studies_quantizers(kind,
 # ---- Round trip ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tensor", [
-    torch.arange(-127, 128).to(torch.int8), torch.arange(-32767, 32768).to(torch.int16),
-    torch.arange(-2**15, 2**15).to(torch.int16).view(torch.bfloat16),
-    torch.from_numpy(np.random.default_rng(0).integers(-2**31, 2**31, 10**6, dtype=np.int32)).view(torch.float32),
-    torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38, math.inf, -math.inf, math.nan])], ids=lambda t: f"{len(t)} {t.dtype}")
-def test_planes_and_back_is_the_identity_for_every_bit_pattern(tensor):
-    for shaped in (tensor, tensor[:, None], tensor.expand(2, -1), tensor.flip(0)):
-        planes = train_gpt.planes(shaped)
-        assert [len(plane) for plane in planes] == [shaped.numel()] * tensor.itemsize
-        found = train_gpt.from_planes(planes, tensor.dtype)
-        assert torch.equal(found.view(torch.int32), shaped.flatten().float().view(torch.int32))
+@budget(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(1, 50), st.integers(0, 15), st.integers(0, 99))
+def test_integers_survive_in_as_few_bits_as_they_need(count, bits, seed):
+    codes = torch.randint(-2**bits + 1, 2**bits, (count,), generator=torch.Generator().manual_seed(seed)).float()
+    raw = integer_bytes(codes)
+    assert torch.equal(read_integers(raw, count), codes)
+    spare = max(0, max(int(q).bit_length() for q in codes.abs()) - 7)
+    assert len(raw) == 1 + count + spare * -(-count // 8)
+    for bad in (raw + b"x", raw[:-1], bytes([9]) + raw[1:], bytes([raw[0] + 1]) + raw[1:]):
+        with pytest.raises(ValueError):
+            read_integers(bad, count)
 
 
-def test_upper_planes_of_small_integers_are_zeros():
-    assert train_gpt.planes(torch.arange(-128, 128).to(torch.int16))[1] == bytes(256)
+def test_scalars_and_scales_survive_bit_for_bit():
+    """Of all patterns of bits, those of numbers."""
+    scales = torch.arange(2**15).to(torch.int16).view(torch.bfloat16)
+    values = torch.from_numpy(np.random.default_rng(0).integers(-2**31, 2**31, 10**6, dtype=np.int32)).view(torch.float32)
+    for x in (scales[scales.isfinite()], values[values.isfinite()], torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38])):
+        raw = x.view(torch.uint8).view(-1, x.itemsize).T.numpy().tobytes()
+        assert torch.equal(train_gpt.read_floats(raw, x.dtype).view(torch.int32), x.float().view(torch.int32))
 
 
 @each_codec
 @pytest.mark.parametrize("head", [*HEADS, *VARIANTS])
-@pytest.mark.parametrize("step", [0.0, 0.13])
+@pytest.mark.parametrize("step", [FINEST, 0.13])
 def test_unpacked_weights_are_those_of_the_grid_and_settings_survive(step, head, codec):
     need_codec(codec)
     s = small(compress_algo=codec, rope_base=12345.5, **head_settings(head))
@@ -430,13 +595,13 @@ HEADER, RAW_HEADER, PAYLOADS = header_of(GENUINE)
 
 
 def parts_of(header, payloads):
-    """The compressed lowest bytes of each matrix, and the compressed rest."""
+    """The compressed codes of each matrix, and the compressed rest."""
     return [payloads[start:stop] for start, stop in itertools.pairwise(header["ends"])]
 
 
-ENDS, (*LOW_PARTS, LAST) = HEADER["ends"], parts_of(HEADER, PAYLOADS)
-RAW_PARTS, REST = [*map(zlib.decompress, LOW_PARTS)], zlib.decompress(LAST)
-LOWEST = b"".join(RAW_PARTS)
+ENDS, (*PARTS, LAST) = HEADER["ends"], parts_of(HEADER, PAYLOADS)
+RAW_CODES, REST = [*map(zlib.decompress, PARTS)], zlib.decompress(LAST)
+CODES = b"".join(RAW_CODES)
 
 
 def open_artifact(blob):
@@ -463,10 +628,10 @@ def altered(**changes):
     return forged({**HEADER, **changes}, PAYLOADS)
 
 
-def with_tensor(index=1, name=None, kind=None, shape=None):
-    """Another entry for the token embedding (int16, 64 x 32), or for another tensor."""
+def with_tensor(index=1, name=None, role=None, shape=None):
+    """Another entry for the token embedding (tied, 64 x 32), or for another tensor."""
     tensors = copy.deepcopy(HEADER["tensors"])
-    for place, value in enumerate((name, kind, shape)):
+    for place, value in enumerate((name, role, shape)):
         if value is not None:
             tensors[index][place] = value
     return altered(tensors=tensors)
@@ -480,31 +645,31 @@ def with_parts(parts, header=HEADER):
     return forged({**header, "ends": [0, *itertools.accumulate(map(len, parts))]}, b"".join(parts))
 
 
-def with_payloads(lowest, rest, codec="zlib", header=HEADER):
-    """Other lowest bytes of all matrices, cut where the genuine ones are, and another rest."""
-    cuts = [0, *itertools.accumulate(map(len, RAW_PARTS[:-1])), len(lowest)]
-    return with_parts([train_gpt.compress(raw, codec) for raw in (*(lowest[a:b] for a, b in itertools.pairwise(cuts)), rest)], header)
+def with_payloads(codes, rest, codec="zlib", header=HEADER):
+    """Other codes of all matrices, cut where the genuine ones are, and another rest."""
+    cuts = [0, *itertools.accumulate(map(len, RAW_CODES[:-1])), len(codes)]
+    return with_parts([train_gpt.compress(raw, codec) for raw in (*(codes[a:b] for a, b in itertools.pairwise(cuts)), rest)], header)
 
 
 def test_the_forgers_tools_can_make_a_genuine_artifact():
-    assert forged(RAW_HEADER, PAYLOADS) == GENUINE == altered() == with_parts([*LOW_PARTS, LAST])
-    assert not any(map(refused, (GENUINE, with_settings(rope_base=500.0), with_tensor(), with_payloads(LOWEST, REST))))
+    assert forged(RAW_HEADER, PAYLOADS) == GENUINE == altered() == with_parts([*PARTS, LAST])
+    assert not any(map(refused, (GENUINE, with_settings(rope_base=500.0), with_tensor(), with_payloads(CODES, REST))))
 
 
 def shaped(tensor_shape, count):
     """A header whose only tensor claims a shape, over payloads of `count` bytes."""
-    return with_payloads(bytes(count), bytes(count), header={**HEADER, "tensors": [["w", "int8", tensor_shape]]})
+    return with_payloads(bytes(count), bytes(count), header={**HEADER, "tensors": [["w", "matrix", tensor_shape]]})
 
 
 def twins():
     """Whole in every length, but two tensors bear one name."""
     tensors = [*HEADER["tensors"], HEADER["tensors"][0]]
     state = {f"{i}": torch.randn(shape) for i, (_, _, shape) in enumerate(tensors)}
-    roles = {f"{i}": dict(int16="tied", int8="matrix", float32="scalar")[kind] for i, (_, kind, _) in enumerate(tensors)}
-    return with_parts(write_payloads(state, roles, 0.0, "zlib"), {**HEADER, "tensors": tensors})
+    roles = {f"{i}": role for i, (_, role, _) in enumerate(tensors)}
+    return with_parts(write_payloads(state, roles, FINEST, "zlib"), {**HEADER, "tensors": tensors})
 
 
-VECTOR = next(i for i, (_, kind, shape) in enumerate(HEADER["tensors"]) if kind == "float32" and len(shape) == 1)
+VECTOR = next(i for i, (_, role, shape) in enumerate(HEADER["tensors"]) if role == "scalar" and len(shape) == 1)
 HOSTILE = {
     "empty": b"", "magic only": MAGIC, "wrong magic": b"GPTHEAD9" + GENUINE[8:], "no body": sealed(b""),
     "newer magic": MAGIC[:-1] + bytes([MAGIC[-1] + 1]) + GENUINE[8:],
@@ -518,14 +683,14 @@ HOSTILE = {
     "deep closed": forged(RAW_HEADER[:-1] + b',"x":' + b"[" * 100000 + b"]" * 100000 + b"}", PAYLOADS),
     "huge number": forged(b'{"ends":' + b"9" * 10000 + b"}", PAYLOADS),
     "trailing payload": forged(RAW_HEADER, PAYLOADS + b"x"), "no payload": forged(RAW_HEADER, b""),
-    "gap between payloads": with_parts([LOW_PARTS[0] + b"x", *LOW_PARTS[1:], LAST]),
-    "payloads in turn": with_parts([LAST, *LOW_PARTS]), "payload lost": with_parts([*LOW_PARTS[1:], LAST]),
-    "payload too many": with_parts([*LOW_PARTS, LOW_PARTS[0], LAST]), "payloads overlap": altered(ends=[0, *ENDS]),
+    "gap between payloads": with_parts([PARTS[0] + b"x", *PARTS[1:], LAST]),
+    "payloads in turn": with_parts([LAST, *PARTS]), "payload lost": with_parts([*PARTS[1:], LAST]),
+    "payload too many": with_parts([*PARTS, PARTS[0], LAST]), "payloads overlap": altered(ends=[0, *ENDS]),
     "payload cut": forged(RAW_HEADER, PAYLOADS[:-9]), "payload not deflate": forged(RAW_HEADER, b"\0" * 50),
     **{f"payloads of {low} and {high} bytes too many": with_payloads(
-        (LOWEST + b"x")[:len(LOWEST) + low], (REST + b"x")[:len(REST) + high])
+        (CODES + b"x")[:len(CODES) + low], (REST + b"x")[:len(REST) + high])
        for low in (-1, 0, 1) for high in (-1, 0, 1) if low or high},
-    "one scale for all rows of the last matrix": with_payloads(LOWEST, REST[:2 - 2 * HEADER["tensors"][-1][2][0]]),
+    "one scale for all rows of the last matrix": with_payloads(CODES, REST[:2 - 2 * HEADER["tensors"][-1][2][0]]),
     **{f"header is {value!r}": forged(json.dumps(value).encode(), PAYLOADS) for value in (None, 3, [], {}, "x", [[]])},
     **{f"no {key}": forged({k: v for k, v in HEADER.items() if k != key}, PAYLOADS) for key in HEADER},
     **{f"codec {value!r}": with_settings(compress_algo=value) for value in ("lzma", "zstd", "", None, 1, [], {})},
@@ -536,8 +701,9 @@ HOSTILE = {
         10**30, True, False, float(ENDS[2]), ENDS[2] + 0.5, math.nan, math.inf, str(ENDS[2]), None, [ENDS[2]], {})},
     **{f"tensors {value!r}": altered(tensors=value) for value in (
         None, 3, "abc", {}, [], [1], [[]], [["a"]], {"abc": 1})},
-    **{f"kind {value!r}": with_tensor(kind=value) for value in (
-        "int4", "int8", "int64", "float16", "bfloat16", "float32", "load", "", 7, ["int16"], {})},
+    **{f"role {value!r}": with_tensor(role=value) for value in (
+        "int4", "int8", "matrix", "table", "vocab", "scalar", "float32", "load", "", 7, ["tied"], {})},
+    **{f"codes of {8 + n} bits": with_payloads(bytes([n]) + CODES[1:], REST) for n in range(256) if n != CODES[0]},
     **{f"name {value!r}": with_tensor(name=value) for value in (3, ["a"], {}, True, "", "tok_emb", "__class__")},
     **{f"shape {value!r}": with_tensor(shape=value) for value in (
         [-64, 32], [64, -32], [-64, -32], [0, 32], [64, 0], [True, 2048], [64.0, 32], ["64", 32], [None], "ab", 5, {},
@@ -548,7 +714,7 @@ HOSTILE = {
     "duplicated name": with_tensor(1, name=HEADER["tensors"][0][0]),
     "duplicated tensor": altered(tensors=HEADER["tensors"] + HEADER["tensors"][:1]),
     "two tensors of one name": twins(), "other order": altered(tensors=HEADER["tensors"][::-1]),
-    "extra tensor": altered(tensors=[*HEADER["tensors"], ["extra", "float32", [4]]]),
+    "extra tensor": altered(tensors=[*HEADER["tensors"], ["extra", "scalar", [4]]]),
     "missing tensor": altered(tensors=HEADER["tensors"][:-1]),
     **{f"settings {value!r}": altered(settings=value) for value in (None, 3, "abc", [], [["a", 1]], [1], True)},
     "missing setting": altered(settings={k: v for k, v in HEADER["settings"].items() if k != "mlp_mult"}),
@@ -590,7 +756,8 @@ def test_weights_that_are_no_numbers_are_refused(name, value, codec):
     changes = dict(bigram_hash=False, value_embed=False, num_layers=2, compress_algo=codec)
     model = random_model(**changes)
     dict(model.named_parameters())[name].data.view(-1)[-1] = value
-    assert refused(whole(model, small(**changes)))
+    for step in (FINEST, 0.3):
+        assert refused(whole(model, small(**changes), step))
 
 
 def peak_bytes(action):
@@ -622,15 +789,15 @@ def claim(codec="zlib", **changes):
 
 
 @each_codec
-@pytest.mark.parametrize("place", ["lowest bytes", "rest", "both"])
+@pytest.mark.parametrize("place", ["codes", "rest", "both"])
 def test_a_bomb_is_not_inflated(place, codec):
     need_codec(codec)
     header, _, payloads = header_of(genuine(codec))
     first, *others, last = parts_of(header, payloads)
-    parts = [first if place == "rest" else bomb(codec), *others, last if place == "lowest bytes" else bomb(codec)]
+    parts = [first if place == "rest" else bomb(codec), *others, last if place == "codes" else bomb(codec)]
     larger = claim(codec, vocab_size=2**16, model_dim=256)
     own = 4 * sum(math.prod(shape) for _, _, shape in larger["tensors"])
-    for lie, room in ((header, 0), ({**header, "tensors": [["w", "int8", [2**30]]]}, 0), (larger, 2 * LIMIT + own)):
+    for lie, room in ((header, 0), ({**header, "tensors": [["w", "matrix", [2**30]]]}, 0), (larger, 2 * LIMIT + own)):
         blob = with_parts(parts, lie)
         assert peak_bytes(lambda blob=blob: refused(blob) or pytest.fail("loaded")) < 2 * len(blob) + 2**21 + room
 
@@ -641,10 +808,10 @@ def wordy(unit):
 
 
 GREEDY = {
-    **{f"{shape} of {kind} and {codec}": lambda shape=shape, kind=kind, codec=codec: altered(
-        settings={**HEADER["settings"], "compress_algo": codec}, tensors=[["w", kind, shape]])
+    **{f"{shape} of {role} and {codec}": lambda shape=shape, role=role, codec=codec: altered(
+        settings={**HEADER["settings"], "compress_algo": codec}, tensors=[["w", role, shape]])
        for shape in ([10**12], [10**6, 10**6], [1, 10**12], [10**12, 1])
-       for kind in ("int8", "int16", "float16", "float32") for codec in CODECS},
+       for role in (*ROLES, "scalar", "int8") for codec in CODECS},
     **{f"header of {length} bytes": lambda length=length: forged(RAW_HEADER, PAYLOADS, length)
        for length in (2**20 - 4, 2**20, 2**31 - 1, 2**31, 2**32 - 1)},
     **{f"settings {changes}": lambda changes=changes: with_settings(**changes) for changes in (
@@ -722,7 +889,7 @@ def test_random_bytes_are_a_users_error(noise):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from(["int8", "zlib"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from(["matrix", "zlib"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4), max_leaves=8)
 
 
@@ -790,7 +957,7 @@ def test_2000_mutated_artifacts_are_refused_or_loaded_exactly(codec):
         mutant = (
             lambda: mutated(blob, rng), lambda: forged(lying(raw, rng), payloads), lambda: sealed(mutated(blob[40:], rng)),
             lambda: forged(raw, mutated(payloads, rng)),
-            lambda: with_payloads(mutated(LOWEST, rng), mutated(REST, rng), codec, header))[kind]()
+            lambda: with_payloads(mutated(CODES, rng), mutated(REST, rng), codec, header))[kind]()
         begin = time.process_time()
         try:
             stored, found = unpack(mutant)
@@ -803,7 +970,7 @@ def test_2000_mutated_artifacts_are_refused_or_loaded_exactly(codec):
                 assert found[name].shape == weight.shape and found[name].isfinite().all(), (i, name)
                 assert kind > 1 or torch.equal(found[name], weight), (i, name)
         assert time.process_time() - begin < 1, i
-    assert loaded[1] > 9 and loaded[4] > 50  # the test sees both outcomes
+    assert loaded[1] > 9 and loaded[4] > 25  # the test sees both outcomes
 
 
 @pytest.mark.parametrize("case", ["corrupt", "truncated", "foreign", "empty", "large", "directory", "pipe", "missing"])

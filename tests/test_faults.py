@@ -94,6 +94,7 @@ def tiny_disk(tmp_path):
 def test_a_full_disk_is_found_before_training_or_stops_the_run_in_one_line(data, tiny_disk):  # noqa: F811
     _, err = run(tiny_disk, SMALL, data, dict(RUN_ID="one"), code=2)
     assert re.fullmatch(r"error: runs/one: has less than \d+ bytes free; .*\n", err), err
+    assert not [*tiny_disk.iterdir()]  # nothing is written
     process = start(tiny_disk, SMALL, data, SLOW, dict(SIZE_LIMIT_BYTES=1000, CHECKPOINT_SECONDS=0.5))
     while not (tiny_disk / "runs/slow/checkpoint.pt").exists():
         assert process.poll() is None, process.communicate()

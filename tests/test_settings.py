@@ -292,6 +292,8 @@ def test_aliases_may_agree_with_our_own_names(env, head):
     ("USE_MOS=1 MOS_K=2 HEAD_K=4", "MOS_K=2"),
     ("USE_MOS=1 MOS_K=2 MIXTURE_SOFTMAX_K=4", "=2"),
     ("USE_MOS=1 HEAD_TYPE=standard", "USE_MOS=1"),
+    ("USE_MOS=0 HEAD_TYPE=mos", "USE_MOS=0"),
+    ("USE_MOS=0 HEAD_TYPE=mixture_softmax MOS_K=4", "USE_MOS=0"),
     ("USE_MOS=1 HEAD_TYPE=simplex", "USE_MOS=1"),
     ("USE_MOS=1 RANK_DIM=64", "=1"),
     ("SKIP_COMPILE=1 COMPILE=1", "SKIP_COMPILE=1"),

@@ -82,6 +82,19 @@ def test_differences_of_source_data_and_machine_are_said(tmp_path, run):
     assert "differ in pytorch_version" not in out
 
 
+@pytest.mark.parametrize("seeds, said", [((1, 2, 2), True), ((1, 2, 3), False)])
+def test_a_seed_that_counts_twice_is_said(seeds, said, tmp_path, run):
+    for name, seed in zip("abc", seeds):
+        finished(tmp_path, name, seed=seed, bpb=1.5 + seed / 10)
+    finished(tmp_path, "d", head="mos", seed=2)
+    assert ("runs/a: another run has its settings and its seed" in table(tmp_path, run)) == said
+
+
+def test_a_folder_s_name_is_not_read_as_mathematics(tmp_path, run):
+    finished(tmp_path, "a$x_{$")
+    assert "learning curves: " in table(tmp_path, run) or "not installed" in table(tmp_path, run)
+
+
 def test_learning_curves_are_drawn_or_it_says_why_not(tmp_path, run):
     finished(tmp_path, "a")
     out = table(tmp_path, run)
