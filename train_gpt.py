@@ -193,12 +193,11 @@ def variables(settings: Hyperparameters) -> dict[str, str]:
     return {name.upper(): as_text(value) for name, value in dataclasses.asdict(settings).items()}
 def from_artifact(stored: Mapping[str, object]) -> Hyperparameters:
     """Settings with an artifact's as defaults; UserError where a variable contradicts its architecture."""
-    settings = from_env(defaults=stored)
-    ours, theirs = variables(settings), variables(dataclasses.replace(settings, **stored))
-    for name in (name.upper() for name in stored if SCOPES[name] == "model"):
-        if ours[name] != theirs[name]:
-            raise UserError(f"{name}={ours[name]}: the artifact has {theirs[name]}; leave it unset")
-    return settings
+    for name, (source, text) in translate(os.environ).items():
+        known = stored.get(name.lower())
+        if known is not None and SCOPES[name.lower()] == "model" and parse(name, text, source) != known:
+            raise UserError(f"{source}={os.environ[source]}: the artifact has {name}={as_text(known)}; leave it unset")
+    return from_env(defaults=stored)
 
 def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Per setting the variable that says it and its text; UserError for one that is misspelt, not implemented or contradicts."""
@@ -293,15 +292,15 @@ def check(s: Hyperparameters, given: Mapping[str, tuple[str, str]]) -> None:
 
 # ---- World: one process or torchrun's many; with one, communication is skipped --------------------------------------
 PROMPT, PATIENT = 50, 600  # seconds until a silent rank counts as lost: in general, and where code is compiled or gptq runs
-
 class World:
     """Rank, size and device; the few collectives that the program needs; the signals that ask it to stop."""
     def __init__(self) -> None:
         names = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=os.environ.get("WORLD_SIZE", 1))
         self.rank, self.size, self.local_rank, self.local_size = (
             convert(name, os.environ.get(name, str(default)), "int") for name, default in names.items())
-        if not 0 <= self.rank < self.size or self.local_rank < 0 or self.local_size < 1:
-            raise UserError(f"RANK={self.rank}: must lie in 0..WORLD_SIZE-1 with WORLD_SIZE={self.size}; use torchrun, or unset both")
+        if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size):
+            raise UserError(f"RANK={self.rank} LOCAL_RANK={self.local_rank}: must lie in 0..WORLD_SIZE-1 (WORLD_SIZE={self.size},"
+                            f" LOCAL_WORLD_SIZE={self.local_size}); use torchrun, or unset them")
         if torch.cuda.device_count() and not torch.cuda.is_available():
             raise UserError(f"torch {torch.__version__} cannot use the GPU: install one for its driver or set CUDA_VISIBLE_DEVICES=")
         self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -318,7 +317,7 @@ class World:
             try:
                 dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PROMPT))
                 dist.all_reduce(torch.zeros(1, device=self.device))  # NCCL starts now, while PROMPT is enough
-            except (ValueError, RuntimeError) as error:
+            except (TypeError, ValueError, RuntimeError) as error:
                 raise UserError(f"WORLD_SIZE={self.size}: the ranks cannot meet ({error}); use torchrun, or unset it") from None
         def receive(number: int, frame: object) -> None:
             if time.monotonic() - self.signalled > 2:  # a second one; sooner, it is torchrun that repeats the first
@@ -546,7 +545,7 @@ def load_byte_counts(path: Path, vocab_size: int, device: torch.device) -> ByteC
         texts = processor.decode([[*prefix, i] for i in ids])
         return [0 if control[i] else 1 if processor.is_byte(i) else len(texts[i].encode()) - base for i in ids]
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path) if path.is_file() else "no such file")
+        processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() if path.is_file() else b"?")
         if processor.vocab_size() != vocab_size:
             raise UserError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {processor.vocab_size()} tokens")
         control = [processor.is_control(i) or processor.is_unused(i) for i in ids]
@@ -1042,8 +1041,8 @@ MAGIC = b"GPTHEAD4"  # magic and version; then SHA-256 of the rest, header lengt
 LONGEST_HEADER = 800_000  # bytes; 1,000 layers need 620,000
 STORED = [name for name, scope in SCOPES.items() if scope != "run"]  # the settings in the header
 FINER = dict(matrix=1.0, table=2.0, tied=16.0, vocab=8.0)  # than the step, by role: what makes logits is the most sensitive
-FINEST, COARSEST = 2.0 ** -7, 8.0  # steps over a row's RMS; the finest is never coarser than int8 scaled by the largest entry
-LARGEST = 32000  # of a row over its scale: codes have 16 bits
+FINEST, COARSEST = 2.0 ** -7, 8.0  # steps over a matrix's RMS; the finest is never coarser than int8 scaled by the largest entry
+LARGEST = 32000  # of a matrix over its scale: codes have 16 bits
 Tensors = Mapping[str, Tensor]  # by the parameter's name
 Roles = Mapping[str, str]
 
@@ -1092,17 +1091,17 @@ def gptq(exact: Tensor, hessian: Tensor) -> Tensor:
     return codes.take_along_dim(order.argsort()[:, None], 2)
 
 def quantized(state: Tensors, roles: Roles, step: float, hessians: Mapping = {}) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-    """In stacks of one role and shape: names of matrices, codes and bfloat16 row scales; their points times scales are about the
-    weights. A scale is `step` times its row's RMS over FINER[role], or what its largest entry needs where that is coarser."""
+    """In stacks of one role and shape: names of matrices, codes and scales; the codes' points times a scale are about the weights.
+    A scale is `step` times its matrix's RMS over FINER[role], or what its largest entry needs where that is coarser."""
     stacks: dict[tuple, list[str]] = {}
     for name, weight in state.items():
         if roles[name] in FINER:
             stacks.setdefault((roles[name], weight.shape, name in hessians), []).append(name)
     for (role, _, calibrated), names in stacks.items():
         rows = torch.stack([state[name].flatten(0, -2) for name in names])
-        rms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64) / rows.size(-1) ** 0.5
-        scale = torch.maximum((rms * (step / FINER[role])).float(), rows.abs().amax(dim=-1, keepdim=True) / LARGEST).bfloat16()
-        exact = rows.div_(scale.float().clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num_()  # of rows of zeros, zeros
+        rms = torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True, dtype=torch.float64) / rows[0].numel() ** 0.5
+        scale = torch.maximum((rms * (step / FINER[role])).float(), rows.abs().amax(dim=(1, 2), keepdim=True) / LARGEST)
+        exact = rows.div_(scale.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num_()  # of zeros, zeros
         yield names, gptq(exact, torch.stack([hessians[name] for name in names])) if calibrated else to_codes(exact), scale
 
 @contextlib.contextmanager
@@ -1112,7 +1111,7 @@ def rounded_weights(model: GPT, roles: Roles, step: float | None) -> Iterator[No
     masters = {name: (p.detach(), p.detach().clone()) for name, p in named if roles[name] in FINER}
     try:
         for names, codes, scale in quantized({name: master for name, (_, master) in masters.items()}, roles, step):
-            for name, rounded in zip(names, from_codes(codes).mul_(scale.float())):
+            for name, rounded in zip(names, from_codes(codes).mul_(scale)):
                 masters[name][0].view(rounded.shape).copy_(rounded)
         yield
     finally:
@@ -1120,22 +1119,25 @@ def rounded_weights(model: GPT, roles: Roles, step: float | None) -> Iterator[No
             p.copy_(master)
 
 def integer_bytes(codes: Tensor) -> bytes:
-    """Integers of 8 + n bits: n as one byte, the upper 8 bits of each, then one plane of bits for each lower one."""
-    n = max(0, int(codes.abs().max()).bit_length() - 7)
-    shifted = (codes.flatten().int() + (128 << n)).numpy()
-    return b"".join([bytes([n]), (shifted >> n).astype(np.uint8), *(np.packbits(shifted >> bit & 1) for bit in range(n))])
+    """n, chosen by their spread; the integers over 2^n, plus 128, a byte each; their n lower bits, a plane each; where a byte is 0,
+    what it could not hold, as int16."""
+    n = max(0, int(codes.square().mean().sqrt()).bit_length() - 4)
+    integers = codes.flatten().int().numpy()
+    upper, planes = (integers >> n) + 128, [np.packbits(integers >> bit & 1) for bit in range(n)]
+    far = (upper < 1) | (upper > 255)
+    return b"".join([bytes([n]), np.where(far, 0, upper).astype(np.uint8), *planes, upper[far].astype("<i2")])
 def read_integers(raw: bytes, count: int) -> Tensor:
     """The inverse of integer_bytes: a flat float32 tensor."""
     n, plane = raw[0], -(-count // 8)
-    expect(n <= 8 and len(raw) == 1 + count + n * plane, "a payload has not the size of its tensor")
-    codes = torch.from_numpy(np.frombuffer(raw, np.uint8, count, offset=1).astype(np.float32)).sub_(128).mul_(2 ** n)
+    upper = np.frombuffer(raw, np.uint8, count, offset=1).astype(np.float32)
+    far = np.frombuffer(raw, "<i2", offset=1 + count + n * plane)
+    expect(n <= 12 and len(far) == (upper == 0).sum(), "a payload has not the size of its tensor")
+    upper[upper == 0] = far
+    codes = torch.from_numpy(upper).sub_(128).mul_(2 ** n)
     for bit in range(n):
         bits = np.unpackbits(np.frombuffer(raw, np.uint8, plane, offset=1 + count + bit * plane), count=count)
         codes.add_(torch.from_numpy(bits), alpha=2 ** bit)
     return codes
-def read_floats(raw: bytes, dtype: torch.dtype) -> Tensor:
-    """A flat float32 tensor, from all lowest bytes, all next ones and so on: those that are alike lie together."""
-    return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T.flatten()).view(dtype).float()
 
 def compress(raw: bytes, codec: str, repeats: bool = False) -> bytes:
     """Deflate or zstd. Rounded weights hold no repeats: a search for them costs bytes over Huffman's code alone."""
@@ -1161,28 +1163,25 @@ def layout(tensors: Tensors, roles: Roles) -> list[list]:
     """Name, role and shape of every tensor, as the header holds them."""
     return [[name, roles[name], list(tensor.shape)] for name, tensor in tensors.items()]
 def write_payloads(state: Tensors, roles: Roles, step: float, codec: str, hessians: Mapping = {}) -> list[bytes]:
-    """Compressed: the codes of each matrix; last, the row scales and scalars of all."""
+    """Compressed: the codes of each matrix; last, all scales and scalars as float32: their lowest bytes, their next ones ..."""
     grids = {name: grid for names, *stacks in quantized(state, roles, step, hessians) for name, *grid in zip(names, *stacks)}
-    rest = (grids[name][1] if name in grids else weight for name, weight in state.items())
-    last = b"".join(x.flatten().view(torch.uint8).view(-1, x.itemsize).T.numpy().tobytes() for x in rest)  # see `read_floats`
-    return [*(compress(integer_bytes(grids[name][0]), codec) for name in state if name in grids), compress(last, codec, repeats=True)]
+    floats = torch.cat([(grids[name][1] if name in grids else weight).flatten() for name, weight in state.items()])
+    last = compress(floats.view(torch.uint8).view(-1, 4).T.numpy().tobytes(), codec, repeats=True)
+    return [*(compress(integer_bytes(grids[name][0]), codec) for name in state if name in grids), last]
 def read_payloads(packed: list[memoryview], codec: str, tensors: Tensors, roles: Roles) -> dict[str, Tensor]:
     """The inverse of write_payloads, for the shapes of (meta) tensors."""
-    rows = {name: p.numel() // p.size(-1) for name, p in tensors.items() if roles[name] in FINER}
-    total = sum(2 * rows[name] if name in rows else 4 * p.numel() for name, p in tensors.items())
+    sizes = [1 if roles[name] in FINER else p.numel() for name, p in tensors.items()]
     *parts, last = packed
-    expect(len(parts) == len(rows), "it has not one payload for each matrix")
-    rest, state = io.BytesIO(inflate(last, codec, total)), {}
-    expect(len(rest.getbuffer()) == total, "its last payload is too short")
-    for name, p in tensors.items():
-        if name in rows:
-            codes = read_integers(inflate(parts.pop(0), codec, 9 + 3 * p.numel()), p.numel()).view(rows[name], -1)
-            state[name] = from_codes(codes).mul_(read_floats(rest.read(2 * rows[name]), torch.bfloat16)[:, None]).view(p.shape)
-        else:
-            state[name] = read_floats(rest.read(4 * p.numel()), torch.float32).view(p.shape)
-        expect(state[name].isfinite().all(), f"{name} holds a value that is no number")
+    expect(len(parts) == sum(roles[name] in FINER for name in tensors), "it has not one payload for each matrix")
+    raw, state = inflate(last, codec, 4 * sum(sizes)), {}
+    floats = torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(4, -1).T.flatten()).view(torch.float32)
+    for (name, p), part in zip(tensors.items(), floats.split(sizes)):
+        if roles[name] in FINER:
+            codes = read_integers(inflate(parts.pop(0), codec, 99 + 3 * p.numel()), p.numel())
+            part = from_codes(codes.view(-1, p.size(-1))).mul_(part)
+        expect(part.isfinite().all(), f"{name} holds a value that is no number")
+        state[name] = part.view(p.shape)
     return state
-
 def encode(state: Tensors, roles: Roles, settings: Hyperparameters, step: float, hessians: Mapping = {}) -> bytes:
     """The artifact's bytes, a pure function of the arguments: weights, and the settings of the model and its evaluation."""
     payloads = write_payloads(state, roles, step, settings.compress_algo, hessians)
@@ -1240,11 +1239,13 @@ def fit(size: Callable[[float], float], limit: float) -> float:
     return low if over <= 0 else high
 def pack(state: Tensors, roles: Roles, settings: Hyperparameters, limit: int, hessians: Mapping = {}) -> tuple[bytes, float]:
     """The finest artifact within `limit` bytes, and its step. Deterministic: the same weights give the same bytes."""
-    state = {name: weight.detach().float().cpu() for name, weight in state.items()}
-    step = fit(lambda step: len(encode(state, roles, settings, step)), limit)
-    while len(blob := encode(state, roles, settings, step, hessians)) > limit and hessians and step < COARSEST:
-        step *= (1.0003 * len(blob) / limit) ** 3  # gptq's integers are a little wider spread
-    return blob, step
+    state, room = {name: weight.detach().float().cpu() for name, weight in state.items()}, limit
+    while True:
+        step = fit(lambda step: len(encode(state, roles, settings, step)), room)
+        blob = encode(state, roles, settings, step, hessians)
+        if len(blob) <= limit or not hessians or step == COARSEST:
+            return blob, step
+        room -= len(blob) - limit + limit // 2000  # gptq's codes are a little wider spread
 
 def build_model(settings: Hyperparameters, world: World, state: Tensors | None = None) -> GPT:
     """The model on the world's device, with given weights, or with the seed's."""
@@ -1323,9 +1324,9 @@ def claim_run(settings: Hyperparameters, facts: Mapping[str, str]) -> tuple[dict
     """Make the run's folder ours until this process ends; the result of a finished run of this name, or the checkpoint of an
     interrupted one. UserError where that is damaged, in progress, or of other settings or `facts`, or where the disk is full."""
     import fcntl
-    name, folder = f"RUN_ID={settings.run_id}", Path("runs") / settings.run_id
+    run, folder = f"RUN_ID={settings.run_id}", Path("runs") / settings.run_id
     with torch.device("meta"):  # no memory
-        needed = 2 * settings.size_limit_bytes + 40 * sum(p.numel() for p in GPT(settings).parameters())
+        needed = 50 * sum(p.numel() for p in GPT(settings).parameters())  # two checkpoints and the artifact
     with writing(folder):
         new = not any((folder / file).exists() for file in ("submission.json", "checkpoint.pt"))
         if new and shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free < needed:
@@ -1335,25 +1336,26 @@ def claim_run(settings: Hyperparameters, facts: Mapping[str, str]) -> tuple[dict
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{name}: that run is in progress; wait for it or choose another name") from None
+        raise UserError(f"{run}: that run is in progress; wait for it or choose another name") from None
     for stale in folder.glob(".*.part"):  # of a run that was killed while it wrote
         stale.unlink()
     result, state, theirs, same = None, None, {}, True
     try:
-        if (folder / "submission.json").exists():
+        if (folder / "submission.json").is_file():
             result = json.loads((folder / "submission.json").read_text())
-            theirs, _ = result["settings"], 0.0 + result["val_bpb"] + result["bytes_total"]
-        elif (folder / "checkpoint.pt").exists():
+            theirs, same = result["settings"], all(result.get(n) == facts.get(n) for n in ("data_sha256", "init_sha256"))
+            expect("seed" in theirs and math.isfinite(result["val_bpb"] + result["bytes_total"]), "no result")
+        elif (folder / "checkpoint.pt").is_file():
             expect(not zipfile.ZipFile(folder / "checkpoint.pt").testzip(), "checksum mismatch")
             state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
             theirs, same = state["settings"], state["facts"] == facts
-        other = {field.upper(): as_text(value) for field, value in theirs.items() if getattr(settings, field, value) != value}
+        other = {name.upper(): as_text(theirs[name]) for name, value in vars(settings).items() if theirs.get(name, value) != value}
     except Exception as error:  # whatever a damaged file can provoke
         raise UserError(f"{folder}: holds a damaged submission.json or checkpoint.pt, delete it ({type(error).__name__})") from None
     for field, value in other.items():
-        raise UserError(f"{field}={variables(settings)[field]}: {name} is a run with {field}={value}; choose another RUN_ID")
+        raise UserError(f"{field}={variables(settings)[field]}: {run} is a run with {field}={value}; choose another RUN_ID")
     if not same:
-        raise UserError(f"{name}: its checkpoint is of another source, data or torch; choose another RUN_ID")
+        raise UserError(f"{run}: was run on other data, or with another INIT_FROM, source or torch; choose another RUN_ID")
     return result, state
 
 # ---- Train: the loop, and the bench that times its step -------------------------------------------------------------
@@ -1584,7 +1586,8 @@ def read_results(pattern: str) -> tuple[list[dict], list[str]]:
             result = json.loads((folder / "submission.json").read_text())
             key = {name: value for name, value in result["settings"].items() if name not in NOT_COMPARED}
             ms, bpb = 1000 * result["wallclock_seconds"] / max(result["step_stop"], 1), float(result["val_bpb"])
-            over, seed, head = result["bytes_total"] > key["size_limit_bytes"], result["seed"], result["head"]
+            over, seed, head = result["bytes_total"] > key["size_limit_bytes"], int(result["seed"]), str(result["head"])
+            expect(math.isfinite(bpb + ms + result["step_stop"]), "a figure is no number")
             results.append(dict(result, val_bpb=bpb, seed=seed, head=head, folder=folder, key=key, ms=ms, over=over))
         except FileNotFoundError:
             remarks.append(f"{folder}: not finished")
@@ -1607,7 +1610,7 @@ def run_table(settings: Hyperparameters, world: World) -> int:
     """MODE=table: one Markdown row for each configuration, its seeds against those of `tied`; learning curves as a PNG."""
     results, remarks = read_results(settings.runs)
     if not results:
-        raise UserError(f"RUNS={settings.runs}: matches no finished run")
+        raise UserError("; ".join([f"RUNS={settings.runs}: matches no finished run", *remarks[:3]]))
     keys = [result["key"] for result in results]
     groups = [[result for result in results if result["key"] == key] for i, key in enumerate(keys) if key not in keys[:i]]
     differing = [n for n in dict.fromkeys(n for key in keys for n in key) if any(key.get(n) != keys[0].get(n) for key in keys)]
@@ -1623,19 +1626,18 @@ def run_table(settings: Hyperparameters, world: World) -> int:
         lines.append(f"| {runs[0]['head']} | {differs} | {seeds} | {np.mean(bpb):.5f}{spread}"
                      f" | {against_tied(runs, groups)} | {max(size)}{over} | {np.mean(ms):.1f} | {np.mean(steps):.0f} |")
     print("\n".join([*lines, "", *remarks]))
-    if world.rank == 0:
-        print(draw_curves(results))
+    try:
+        print(draw_curves(results) if world.rank == 0 else "")
+    except Exception as error:  # no matplotlib, no right to write, whatever a strange folder provokes
+        print(f"no learning curves: {ascii(str(error))[:200]}")
     return 0
 def draw_curves(results: list[dict]) -> str:
-    """Draw the training losses of all runs beside their folders; a line that says where, or why not."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "no learning curves: matplotlib is not installed"
+    """Draw the training losses of all runs beside their folders; a line that says where. Needs matplotlib."""
+    from matplotlib.figure import Figure
     figure, picture, path = Figure(figsize=(9, 6)), io.BytesIO(), results[0]["folder"].parent / "learning_curves.png"
     axes = figure.add_subplot(xlabel="seconds of training", ylabel="training loss (nats a token)")
     for result in results:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             records = map(json.loads, (result["folder"] / "metrics.jsonl").read_text().splitlines())
             points = [(record["train_seconds"], record["train_loss"]) for record in records if record["kind"] == "train"]
             axes.plot(*zip(*points), label=result["folder"].name.replace("$", r"\$"))
@@ -1663,7 +1665,6 @@ def final_lines(codec: str, loss: float, bpb: float, seconds: float) -> str:
     """The two lines that the ecosystem's tools look for."""
     return (f"final_int8_{codec}_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * seconds:.0f}ms\n"
             f"final_int8_{codec}_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
-
 def run_eval(settings: Hyperparameters, world: World) -> int:
     """MODE=eval: score an artifact; the architecture and, unless given, the evaluation's settings are its own."""
     stored, weights = read_artifact("ARTIFACT", settings.artifact, settings.size_limit_bytes, world)
@@ -1690,6 +1691,7 @@ def run_train(settings: Hyperparameters, world: World) -> int:
     shards, validation = Shards(Path(settings.data_path), "train", settings.vocab_size), load_validation(settings, world)
     facts = dict(source_sha256=hashlib.sha256(source()).hexdigest(), data_sha256=shards.fingerprint(validation[0]),
                  pytorch_version=str(torch.__version__))
+    facts |= dict(init_sha256=hashlib.sha256(b"".join(w.numpy().tobytes() for w in start[1].values())).hexdigest()) if start else {}
     log = RunLog(Path("runs") / settings.run_id if world.rank == 0 else None)
     result, state = world.agree(claim_run(settings, facts) if world.rank == 0 else None)
     if result is None:
@@ -1762,15 +1764,13 @@ def as_user_error(error: Exception) -> Exception:
     if not isinstance(error, (UserError, OSError, Interrupted)):
         raise error
     return error
-
 def main() -> int:
     """Run the chosen mode; the exit code. A user's mistake is one line on standard error, said by rank 0, and code 2."""
     rank = 0
     try:
         world = World()
         rank = world.rank
-        if rank or sys.stdout is None:  # rank 0 speaks for all
-            sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w") if rank or sys.stdout is None else sys.stdout  # rank 0 speaks for all
         with contextlib.suppress(AttributeError):  # a notebook's
             sys.stdout.reconfigure(errors="backslashreplace")
         if sys.argv[1:]:
@@ -1787,9 +1787,9 @@ def main() -> int:
         stop = as_user_error(error)
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)  # rank 0 speaks and saves first; torchrun then ends this process
-        if isinstance(stop, Interrupted):
-            return 128 + stop.args[0]
+            time.sleep(0 if world.signal and isinstance(stop, UserError) else 10)  # rank 0 speaks, saves and ends first
+        if isinstance(stop, Interrupted) or rank and world.signal:
+            return 128 + (world.signal or stop.args[0])
         print("error:", " ".join(str(stop).split()), file=sys.stderr, flush=True)
         return 2
 

@@ -96,7 +96,7 @@ def codes_and_scale(weight, role, step, hessian=None):
     """Of one matrix or stack, as rows."""
     hessians = {} if hessian is None else {"w": hessian}
     (_, (codes,), (scale,)), = quantized({"w": weight}, {"w": role}, step, hessians)
-    return codes, scale.float()
+    return codes, scale.item()
 
 
 def on_grid(weight, role, step, hessian=None):
@@ -189,30 +189,29 @@ def test_the_finest_step_is_finer_than_plain_int8(kind, role):
 
 @each_role
 @pytest.mark.parametrize("step", [FINEST, 0.2])
-def test_the_relative_error_of_a_row_does_not_depend_on_its_size(role, step):
+def test_the_relative_error_does_not_depend_on_a_matrix_s_size_or_its_neighbours(role, step):
+    """No floor: down to what float32 can hold."""
     w = gaussian(43, 64)
     usual = on_grid(w, role, step)
     for power in (-90, -30, 30, 90):
-        mixed = w.clone()
-        mixed[::2] *= 2.0 ** power  # the neighbours stay as they are
-        found = on_grid(mixed, role, step)
-        found[::2] /= 2.0 ** power
-        torch.testing.assert_close(found, usual, rtol=0, atol=0)
+        state = {"w": w * 2.0 ** power, "alike": w, "noise": gaussian(43, 64, seed=1)}
+        (names, codes, scales), = quantized(state, dict.fromkeys(state, role), step)
+        found = dict(zip(names, from_codes(codes) * scales))
+        torch.testing.assert_close(found["w"] / 2.0 ** power, usual, rtol=0, atol=0)
+        torch.testing.assert_close(found["alike"], usual, rtol=0, atol=0)
 
 
 @each_role
-def test_zero_rows_stay_zero(role):
-    w = gaussian(20, 32)
-    w[7] = w[18] = 0
+def test_a_matrix_of_zeros_stays_zero(role):
     for step in (FINEST, 0.3):
-        found = on_grid(w, role, step)
-        assert not found[[7, 18]].any() and found[[6, 17]].any() and torch.isfinite(found).all()
-        assert not on_grid(0 * w, role, step).any()
+        for zeros in (torch.zeros(20, 32), torch.zeros(3, 32)):
+            found = on_grid(zeros, role, step)
+            assert not found.any() and torch.isfinite(found).all()
 
 
 def test_a_stack_is_rounded_as_its_matrices_and_what_makes_logits_more_finely():
     w = gaussian(72, 32).view(3, 24, 32)
-    torch.testing.assert_close(on_grid(w, "matrix", 0.2), torch.stack([on_grid(m, "matrix", 0.2) for m in w]))
+    torch.testing.assert_close(on_grid(w, "matrix", 0.2), on_grid(w.view(72, 32), "matrix", 0.2).view_as(w), rtol=0, atol=0)
     for role, gain in (("table", 3), ("tied", 200), ("vocab", 50)):
         assert error_of(on_grid(w, role, 0.2), w) < error_of(on_grid(w, "matrix", 0.2), w) / gain, role
 
@@ -225,7 +224,7 @@ def test_matrices_rounded_together_are_rounded_as_alone():
     for names, codes, scales in stacks:
         for name, code, scale in zip(names, codes, scales):
             alone = codes_and_scale(state[name], roles[name], 0.2)
-            assert torch.equal(code, alone[0]) and torch.equal(scale.float(), alone[1]), name
+            assert torch.equal(code, alone[0]) and scale.item() == alone[1], name
 
 
 # ---- GPTQ ------------------------------------------------------------------------------------------------------------
@@ -385,11 +384,12 @@ def entropy(integers):
 @each_kind
 @pytest.mark.parametrize("step", [FINEST, 0.03, 0.05, 0.12, 0.158, 0.3])
 def test_payloads_are_near_the_order_0_entropy_of_the_integers(step, kind, role, codec):
-    """Within 1.5% for deflate, and 3% for zstd, whose Huffman tables (one for 128 KiB) cost a little more."""
+    """Within 1.5% for deflate, 1.7% where an integer has less than 4 bits; 3% for zstd, whose Huffman tables cost a little more."""
     need_codec(codec)
     w = KINDS[kind](1024, 512)
-    q, _ = codes_and_scale(w, role, step)
-    assert payload_bytes(w, role, step, codec) <= dict(zlib=1.015, zstd=1.03)[codec] * (entropy(q) + 2 * len(w))
+    ideal = entropy(codes_and_scale(w, role, step)[0])
+    allowed = dict(zlib=1.015 if ideal >= w.numel() / 2 else 1.017, zstd=1.03)[codec]
+    assert payload_bytes(w, role, step, codec) <= allowed * ideal
 
 
 @each_codec
@@ -400,7 +400,7 @@ def test_payloads_of_a_model_are_near_the_order_0_entropy_of_its_integers(step, 
     state, roles, ideal = {}, {}, 0
     for i, (role, rows) in enumerate([*[("matrix", 1536)] * 8, ("table", 512), ("tied", 256), ("scalar", 8)]):
         state[f"{i}"], roles[f"{i}"] = student_t(rows, 512, seed=i), role
-        ideal += 2048 * rows if role == "scalar" else entropy(codes_and_scale(state[f"{i}"], role, step)[0]) + 2 * rows
+        ideal += 2048 * rows if role == "scalar" else entropy(codes_and_scale(state[f"{i}"], role, step)[0])
     assert sum(map(len, write_payloads(state, roles, step, codec))) <= dict(zlib=1.015, zstd=1.03)[codec] * ideal
 
 
@@ -434,25 +434,25 @@ def test_error_at_equal_bytes_is_well_below_that_of_the_studies_quantizers(kind,
 
 
 @budget(max_examples=200, deadline=None, derandomize=True)
-@given(st.integers(1, 50), st.integers(0, 15), st.integers(0, 99))
-def test_integers_survive_in_as_few_bits_as_they_need(count, bits, seed):
+@given(st.integers(1, 50), st.integers(0, 15), st.integers(0, 15), st.integers(0, 99))
+def test_integers_survive_however_they_are_spread(count, bits, outlier, seed):
     codes = torch.randint(-2**bits + 1, 2**bits, (count,), generator=torch.Generator().manual_seed(seed)).float()
+    codes[seed % count] = (-1) ** seed * (2**outlier - 1)
     raw = integer_bytes(codes)
     assert torch.equal(read_integers(raw, count), codes)
-    spare = max(0, max(int(q).bit_length() for q in codes.abs()) - 7)
-    assert len(raw) == 1 + count + spare * -(-count // 8)
-    for bad in (raw + b"x", raw[:-1], bytes([9]) + raw[1:], bytes([raw[0] + 1]) + raw[1:]):
-        with pytest.raises(ValueError):
+    for bad in (raw + b"x", raw + b"xy", raw[:-1], raw[:-2], bytes([raw[0] + 1]) + raw[1:], bytes([13]) + raw[1:]):
+        with pytest.raises((ValueError, IndexError)):
             read_integers(bad, count)
 
 
-def test_scalars_and_scales_survive_bit_for_bit():
+def test_scalars_survive_bit_for_bit():
     """Of all patterns of bits, those of numbers."""
-    scales = torch.arange(2**15).to(torch.int16).view(torch.bfloat16)
-    values = torch.from_numpy(np.random.default_rng(0).integers(-2**31, 2**31, 10**6, dtype=np.int32)).view(torch.float32)
-    for x in (scales[scales.isfinite()], values[values.isfinite()], torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38])):
-        raw = x.view(torch.uint8).view(-1, x.itemsize).T.numpy().tobytes()
-        assert torch.equal(train_gpt.read_floats(raw, x.dtype).view(torch.int32), x.float().view(torch.int32))
+    values = torch.from_numpy(np.random.default_rng(0).integers(-2**31, 2**31, 10**5, dtype=np.int32)).view(torch.float32)
+    state = dict(a=values[values.isfinite()], b=torch.tensor([[0.0, -0.0], [1e-45, -1e-45], [3.4e38, 0.1]]), c=torch.tensor(0.3))
+    roles = dict.fromkeys(state, "scalar")
+    found = read_payloads(write_payloads(state, roles, 0.3, "zlib"), "zlib", state, roles)
+    for name, value in state.items():
+        assert torch.equal(found[name].view(torch.int32), value.view(torch.int32)), name
 
 
 @each_codec
@@ -690,7 +690,7 @@ HOSTILE = {
     **{f"payloads of {low} and {high} bytes too many": with_payloads(
         (CODES + b"x")[:len(CODES) + low], (REST + b"x")[:len(REST) + high])
        for low in (-1, 0, 1) for high in (-1, 0, 1) if low or high},
-    "one scale for all rows of the last matrix": with_payloads(CODES, REST[:2 - 2 * HEADER["tensors"][-1][2][0]]),
+    "one number for all scales and scalars": with_payloads(CODES, REST[:4]),
     **{f"header is {value!r}": forged(json.dumps(value).encode(), PAYLOADS) for value in (None, 3, [], {}, "x", [[]])},
     **{f"no {key}": forged({k: v for k, v in HEADER.items() if k != key}, PAYLOADS) for key in HEADER},
     **{f"codec {value!r}": with_settings(compress_algo=value) for value in ("lzma", "zstd", "", None, 1, [], {})},
@@ -751,7 +751,7 @@ def test_hostile_zstd_payload_is_a_users_error(case):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["skip_weights", "smear.gate", "tok_emb.weight", "blocks.1.mlp.down.weight"])
 def test_weights_that_are_no_numbers_are_refused(name, value, codec):
-    """The last two have row scales that are no numbers."""
+    """The last two have scales that are no numbers."""
     need_codec(codec)
     changes = dict(bigram_hash=False, value_embed=False, num_layers=2, compress_algo=codec)
     model = random_model(**changes)

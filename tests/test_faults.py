@@ -66,6 +66,17 @@ def test_a_folder_that_vanishes_stops_the_run_in_one_line(data, tmp_path):  # no
     assert process.returncode == 2 and re.fullmatch(r"error: runs/slow/\S+: cannot be written \(.*\n", err), err
 
 
+@pytest.mark.parametrize("text", [
+    "[]", "null", '{"settings": {}, "val_bpb": 1.5, "bytes_total": 1}',
+    '{"settings": {"seed": 1337}, "val_bpb": NaN, "bytes_total": 1}',
+    '{"settings": {"seed": 1337}, "bytes_total": 1}', '{"settings": 3, "val_bpb": 1.5, "bytes_total": 1}'])
+def test_nonsense_is_no_result(text, data, tmp_path):  # noqa: F811
+    (tmp_path / "runs/one").mkdir(parents=True)
+    (tmp_path / "runs/one/submission.json").write_text(text)
+    _, err = run(tmp_path, SMALL, data, dict(RUN_ID="one"), code=2)
+    assert err.startswith("error: runs/one: holds a damaged") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["checkpoint.pt", "submission.json"])
 def test_damaged_files_of_an_earlier_run_are_named(name, data, tmp_path):  # noqa: F811
     (tmp_path / "runs/one").mkdir(parents=True)
@@ -92,7 +103,7 @@ def tiny_disk(tmp_path):
 
 
 def test_a_full_disk_is_found_before_training_or_stops_the_run_in_one_line(data, tiny_disk):  # noqa: F811
-    _, err = run(tiny_disk, SMALL, data, dict(RUN_ID="one"), code=2)
+    _, err = run(tiny_disk, SMALL, data, dict(RUN_ID="one", MODEL_DIM=128), code=2)
     assert re.fullmatch(r"error: runs/one: has less than \d+ bytes free; .*\n", err), err
     assert not [*tiny_disk.iterdir()]  # nothing is written
     process = start(tiny_disk, SMALL, data, SLOW, dict(SIZE_LIMIT_BYTES=1000, CHECKPOINT_SECONDS=0.5))
@@ -131,7 +142,7 @@ def test_a_run_is_not_resumed_under_another_source_or_data(what, data, tmp_path)
     changed.write_bytes(changed.read_bytes()[:-2] + (b"#\n" if what == "source" else b"\x07\x01"))
     process = start(tmp_path, *settings, script=script)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and re.fullmatch(r"error: RUN_ID=slow: its checkpoint is of another .*\n", err), err
+    assert process.returncode == 2 and re.fullmatch(r"error: RUN_ID=slow: was run on other data, or .*\n", err), err
 
 
 def test_a_world_that_cannot_meet_is_an_error(data, tmp_path):  # noqa: F811

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,8 +129,10 @@ def test_eval_mode_needs_only_artifact_and_validation_data_and_repeats_the_figur
 
 def test_eval_mode_refuses_another_architecture_and_scores_the_test_split(finished, data, tmp_path):
     artifact = dict(MODE="eval", ARTIFACT=finished[0] / "runs/one/final_model.int8.ptz")
-    _, err = run(tmp_path, artifact, data, dict(MODEL_DIM=64), code=2)
-    assert err == "error: MODEL_DIM=64: the artifact has 32; leave it unset\n"
+    for given, named in (("MODEL_DIM=64", "MODEL_DIM=32"), ("NUM_LAYERS=1", "NUM_LAYERS=4"), ("USE_MOS=1", "HEAD_TYPE=tied"),
+                         ("RANK_DIM=8", "HEAD_TYPE=tied"), ("TRAIN_SEQ_LEN=16", "TRAIN_SEQ_LEN=64")):
+        _, err = run(tmp_path, artifact, data, dict([given.split("=")]), code=2)
+        assert err == f"error: {given}: the artifact has {named}; leave it unset\n"
     out, _ = run(tmp_path, artifact, data, dict(EVAL_SPLIT="test"))
     assert "val_bpb" in out
 
@@ -176,6 +179,45 @@ def test_finished_run_is_not_repeated_and_its_name_not_reused(finished, data):
     assert "is finished" in out and (cwd / "runs/one/train.log").read_bytes() == before
     _, err = run(cwd, SMALL, data, dict(RUN_ID="one", EVAL_STRIDE=24, SEED=7), code=2)
     assert err.startswith("error: SEED=7: RUN_ID=one") and err.count("\n") == 1
+
+
+def test_a_finished_run_of_other_data_or_another_start_is_not_taken_for_this_one(finished, data, tmp_path):
+    start = tmp_path / "start"
+    shutil.copy(finished[0] / "runs/one/final_model.int8.ptz", start)
+    settings = dict(RUN_ID="two", INIT_FROM=start, ITERATIONS=1)
+    small = {name: value for name, value in SMALL.items() if train_gpt.SCOPES[name.lower()] != "model"}
+    run(tmp_path, small, data, settings)
+    assert "is finished" in run(tmp_path, small, data, settings)[0]
+    run(tmp_path, SMALL, data, dict(RUN_ID="one", SEED=7))
+    shutil.copy(tmp_path / "runs/one/final_model.int8.ptz", start)
+    _, err = run(tmp_path, small, data, settings, code=2)
+    assert err.startswith("error: RUN_ID=two: ") and "INIT_FROM" in err and err.count("\n") == 1
+    other = tmp_path / "shards"
+    shutil.copytree(data["DATA_PATH"], other)
+    same = dict(data, DATA_PATH=other)
+    run(tmp_path, SMALL, same, dict(RUN_ID="three"))
+    tokens = train_gpt.open_shard(other / "fineweb_val_000000.bin").tolist()
+    train_gpt.write_shard(other / "fineweb_val_000000.bin", tokens[::-1])
+    _, err = run(tmp_path, SMALL, same, dict(RUN_ID="three"), code=2)
+    assert err.startswith("error: RUN_ID=three: ") and "data" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("head", ["tied", "untied", "mos"])
+def test_gptq_trains_packs_and_scores_within_its_time(head, data, tmp_path):
+    settings = dict(RUN_ID="one", QUANT="gptq", MAX_WALLCLOCK_SECONDS=60, ITERATIONS=5, SIZE_LIMIT_BYTES=200_000, HEAD_TYPE=head,
+                    **(dict(HEAD_RANK=8) if head == "mos" else {}))
+    out, _ = run(tmp_path, SMALL, data, settings)
+    reserved = float(re.search(r"gptq: (\S+) s of MAX_WALLCLOCK_SECONDS are reserved", out).group(1))
+    assert 0 < reserved < 60 and "gptq's calibration included" in out
+    figure = re.search("roundtrip_exact.*", out).group()
+    again, _ = run(tmp_path, dict(MODE="eval", ARTIFACT="runs/one/final_model.int8.ptz"), data)
+    assert re.search("roundtrip_exact.*", again).group() == figure
+    size = json.loads((tmp_path / "runs/one/submission.json").read_text())["bytes_total"]
+    assert 0.99 * 200_000 < size <= 200_000
+
+
+def test_no_limit_is_no_reason_to_ask_for_a_larger_disk(data, tmp_path):
+    run(tmp_path, SMALL, data, dict(RUN_ID="one", ITERATIONS=0, SIZE_LIMIT_BYTES=2**50))
 
 
 def test_over_the_cap_everything_is_written_and_the_exit_code_is_3(data, tmp_path):
