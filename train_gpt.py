@@ -33,6 +33,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
 import zipfile
@@ -247,7 +248,6 @@ def parse(name: str, text: str, source: str = ""):
         bound = "finite" if not abs(value) < math.inf else f"at least {low}" if value < low else f"at most {high}"
         raise UserError(f"{source}={text}: must be {bound}")
     return value
-
 def value_layers(s: Hyperparameters) -> tuple[int, ...]:
     """The layers that get a value embedding, ascending; UserError where VE_LAYERS names none of the model's."""
     texts = s.ve_layers.split(",") if s.value_embed else ()
@@ -307,17 +307,16 @@ class World:
         self.signal, self.signalled = 0, math.inf
     def start(self) -> None:
         """Join the process group, NCCL for CUDA tensors and gloo for CPU tensors; listen to signals."""
-        backend = "gloo"
-        if self.device.type == "cuda":
-            backend, count = "cpu:gloo,cuda:nccl", torch.cuda.device_count()
-            if self.local_rank >= count:
+        if cuda := self.device.type == "cuda":
+            if self.local_rank >= (count := torch.cuda.device_count()):
                 raise UserError(f"LOCAL_RANK={self.local_rank}: this node has {count} GPUs; lower torchrun's --nproc_per_node")
             torch.cuda.set_device(self.device)
         if self.size > 1:
             try:
-                dist.init_process_group(backend, timeout=datetime.timedelta(seconds=PROMPT))
+                socket.getaddrinfo(os.environ.get("MASTER_ADDR") or None, 0)  # fails at once where the process group would wait
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=PROMPT))
                 dist.all_reduce(torch.zeros(1, device=self.device))  # NCCL starts now, while PROMPT is enough
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (OSError, TypeError, ValueError, RuntimeError) as error:
                 raise UserError(f"WORLD_SIZE={self.size}: the ranks cannot meet ({error}); use torchrun, or unset it") from None
         def receive(number: int, frame: object) -> None:
             if time.monotonic() - self.signalled > 2:  # a second one; sooner, it is torchrun that repeats the first
@@ -1332,7 +1331,7 @@ def claim_run(settings: Hyperparameters, facts: Mapping[str, str]) -> tuple[dict
         if new and shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free < needed:
             raise UserError(f"{folder}: has less than {needed} bytes free; free the disk or use another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY, 0o666)  # closed by the end of the process, however it comes
+        lock = os.open(folder / ".lock", os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK, 0o666)  # until the process ends, however
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1582,6 +1581,9 @@ def read_results(pattern: str) -> tuple[list[dict], list[str]]:
     """The results of finished runs, and a line about each folder that holds none and each difference in circumstances."""
     results, remarks = [], []
     for folder in sorted(filter(Path.is_dir, map(Path, glob.glob(pattern)))):
+        if not (folder / "submission.json").is_file():
+            remarks.append(f"{folder}: not finished")
+            continue
         try:
             result = json.loads((folder / "submission.json").read_text())
             key = {name: value for name, value in result["settings"].items() if name not in NOT_COMPARED}
@@ -1589,8 +1591,6 @@ def read_results(pattern: str) -> tuple[list[dict], list[str]]:
             over, seed, head = result["bytes_total"] > key["size_limit_bytes"], int(result["seed"]), str(result["head"])
             expect(math.isfinite(bpb + ms + result["step_stop"]), "a figure is no number")
             results.append(dict(result, val_bpb=bpb, seed=seed, head=head, folder=folder, key=key, ms=ms, over=over))
-        except FileNotFoundError:
-            remarks.append(f"{folder}: not finished")
         except Exception as error:  # whatever a damaged file can provoke
             remarks.append(f"{folder}: its submission.json cannot be read ({type(error).__name__}: {error})")
     for name in ("source_sha256", "data_sha256", "hardware", "pytorch_version"):
@@ -1636,7 +1636,7 @@ def draw_curves(results: list[dict]) -> str:
     from matplotlib.figure import Figure
     figure, picture, path = Figure(figsize=(9, 6)), io.BytesIO(), results[0]["folder"].parent / "learning_curves.png"
     axes = figure.add_subplot(xlabel="seconds of training", ylabel="training loss (nats a token)")
-    for result in results:
+    for result in (result for result in results if (result["folder"] / "metrics.jsonl").is_file()):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             records = map(json.loads, (result["folder"] / "metrics.jsonl").read_text().splitlines())
             points = [(record["train_seconds"], record["train_loss"]) for record in records if record["kind"] == "train"]

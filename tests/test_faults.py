@@ -146,8 +146,19 @@ def test_a_run_is_not_resumed_under_another_source_or_data(what, data, tmp_path)
 
 
 def test_a_world_that_cannot_meet_is_an_error(data, tmp_path):  # noqa: F811
-    _, err = run(tmp_path, SMALL, data, dict(WORLD_SIZE=2), code=2)
-    assert err.startswith("error: WORLD_SIZE=2: the ranks cannot meet") and err.count("\n") == 1
+    place = dict(RANK=0, MASTER_PORT=29511)
+    for world in (dict(WORLD_SIZE=2), dict(place, WORLD_SIZE=2, MASTER_ADDR="nowhere.invalid"),
+                  dict(place, WORLD_SIZE=10**20, MASTER_ADDR="127.0.0.1")):
+        _, err = run(tmp_path, SMALL, data, world, code=2)
+        assert err.startswith(f"error: WORLD_SIZE={world['WORLD_SIZE']}: the ranks cannot meet") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("world", [
+    dict(RANK=-1), dict(RANK=1), dict(LOCAL_RANK=-1), dict(LOCAL_RANK=1), dict(LOCAL_WORLD_SIZE=0)], ids=str)
+def test_an_impossible_place_in_the_world_is_an_error(world, data, tmp_path):  # noqa: F811
+    _, err = run(tmp_path, SMALL, data, world, code=2)
+    named = " ".join(f"{name}={value}" for name, value in world.items())
+    assert err.startswith("error: ") and named in err and err.count("\n") == 1 and not [*tmp_path.iterdir()]
 
 
 def test_a_sweep_started_twice_in_parallel_repeats_and_loses_nothing(data, tmp_path):  # noqa: F811
@@ -248,6 +259,14 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(name, data, tmp_path):  # n
     os.mkfifo(folder / name)
     _, err = run(tmp_path, SMALL, dict(DATA_PATH=folder, TOKENIZER_PATH=folder / "tokenizer.model", RUN_ID="one"), code=2)
     assert name in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, code", [(".lock", 2), ("checkpoint.pt", 0), ("submission.json", 0)])
+def test_a_pipe_in_a_run_s_folder_is_not_waited_for(name, code, data, tmp_path):  # noqa: F811
+    (tmp_path / "runs/one").mkdir(parents=True)
+    os.mkfifo(tmp_path / "runs/one" / name)
+    _, err = run(tmp_path, SMALL, data, dict(RUN_ID="one", ITERATIONS=0), code=code)
+    assert err.count("\n") == (code == 2) and (code == 0 or err.startswith("error: runs/one"))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="what a process has loaded is not seen here")

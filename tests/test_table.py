@@ -1,5 +1,6 @@
 """MODE=table: what it computes, and what it says about runs that it cannot compare."""
 import json
+import os
 
 import numpy as np
 import pytest
@@ -104,6 +105,15 @@ def test_what_hinders_the_picture_does_not_hinder_the_table(tmp_path, run):
     for changes in ({}, dict(MPLBACKEND="nonsense")):
         out = run({"MODE": "table", **changes}, cwd=tmp_path)
         assert out.returncode == 0 and "| tied |" in out.stdout and "no learning curves: " in out.stdout, out.stderr
+
+
+def test_pipes_are_not_waited_for(tmp_path, run):
+    finished(tmp_path, "a")
+    (tmp_path / "runs/a/metrics.jsonl").unlink()
+    (tmp_path / "runs/b").mkdir()
+    for path in ("runs/a/metrics.jsonl", "runs/b/submission.json"):
+        os.mkfifo(tmp_path / path)
+    assert "runs/b: not finished" in table(tmp_path, run)
 
 
 def test_why_no_run_could_be_read_is_said(tmp_path, run):
