@@ -172,8 +172,13 @@ READERS = dict(  # by type: text to value, and what the text must be
     str=(str, "text"), bool=({"0": False, "1": True}.__getitem__, "0 or 1"), int=(int, "a whole number"), float=(float, "a number"))
 
 def from_env(environ: Mapping[str, str] = os.environ, defaults: Mapping[str, object] = {}) -> Hyperparameters:
-    """Settings from variables, then `defaults`, then the preset, then the fields. UserError names variable, value, remedy."""
+    """Settings from variables, then `defaults` (an artifact's; its model's cannot be contradicted), then the preset, then the
+    fields. UserError names variable, value, remedy."""
     given = translate(environ)
+    for name, (source, text) in given.items():
+        known = defaults.get(name.lower())
+        if known is not None and SCOPES[name.lower()] == "model" and parse(name, text, source) != known:
+            raise UserError(f"{source}={environ[source]}: the artifact has {name}={as_text(known)}; leave it unset")
     implied = "demo" if environ.get("DATA_PATH") == "demo" else "pilot" if environ.keys() & {*STUDY_B} else "study"
     explicit = dict(preset=implied) | {name.lower(): parse(name, text, source) for name, (source, text) in given.items()}
     on_cpu = environ.get("MODE") == "bench" and not torch.cuda.is_available()
@@ -192,13 +197,6 @@ def as_text(value: object) -> str:
 def variables(settings: Hyperparameters) -> dict[str, str]:
     """All settings as environment variables."""
     return {name.upper(): as_text(value) for name, value in dataclasses.asdict(settings).items()}
-def from_artifact(stored: Mapping[str, object]) -> Hyperparameters:
-    """Settings with an artifact's as defaults; UserError where a variable contradicts its architecture."""
-    for name, (source, text) in translate(os.environ).items():
-        known = stored.get(name.lower())
-        if known is not None and SCOPES[name.lower()] == "model" and parse(name, text, source) != known:
-            raise UserError(f"{source}={os.environ[source]}: the artifact has {name}={as_text(known)}; leave it unset")
-    return from_env(defaults=stored)
 
 def translate(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Per setting the variable that says it and its text; UserError for one that is misspelt, not implemented or contradicts."""
@@ -1100,7 +1098,7 @@ def quantized(state: Tensors, roles: Roles, step: float, hessians: Mapping = {})
         rows = torch.stack([state[name].flatten(0, -2) for name in names])
         rms = torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True, dtype=torch.float64) / rows[0].numel() ** 0.5
         scale = torch.maximum((rms * (step / FINER[role])).float(), rows.abs().amax(dim=(1, 2), keepdim=True) / LARGEST)
-        exact = rows.div_(scale.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num_()  # of zeros, zeros
+        exact = rows.div_(scale.clamp_min_(torch.finfo(torch.float32).tiny)).nan_to_num_()
         yield names, gptq(exact, torch.stack([hessians[name] for name in names])) if calibrated else to_codes(exact), scale
 
 @contextlib.contextmanager
@@ -1120,7 +1118,7 @@ def rounded_weights(model: GPT, roles: Roles, step: float | None) -> Iterator[No
 def integer_bytes(codes: Tensor) -> bytes:
     """n, chosen by their spread; the integers over 2^n, plus 128, a byte each; their n lower bits, a plane each; where a byte is 0,
     what it could not hold, as int16."""
-    n = max(0, int(codes.square().mean().sqrt()).bit_length() - 4)
+    n = max(0, int(1.25 * codes.abs().mean()).bit_length() - 4)
     integers = codes.flatten().int().numpy()
     upper, planes = (integers >> n) + 128, [np.packbits(integers >> bit & 1) for bit in range(n)]
     far = (upper < 1) | (upper > 255)
@@ -1132,11 +1130,11 @@ def read_integers(raw: bytes, count: int) -> Tensor:
     far = np.frombuffer(raw, "<i2", offset=1 + count + n * plane)
     expect(n <= 12 and len(far) == (upper == 0).sum(), "a payload has not the size of its tensor")
     upper[upper == 0] = far
-    codes = torch.from_numpy(upper).sub_(128).mul_(2 ** n)
-    for bit in range(n):
-        bits = np.unpackbits(np.frombuffer(raw, np.uint8, plane, offset=1 + count + bit * plane), count=count)
-        codes.add_(torch.from_numpy(bits), alpha=2 ** bit)
-    return codes
+    upper -= 128
+    for bit in reversed(range(n)):
+        upper *= 2
+        upper += np.unpackbits(np.frombuffer(raw, np.uint8, plane, offset=1 + count + bit * plane), count=count)
+    return torch.from_numpy(upper)
 
 def compress(raw: bytes, codec: str, repeats: bool = False) -> bytes:
     """Deflate or zstd. Rounded weights hold no repeats: a search for them costs bytes over Huffman's code alone."""
@@ -1151,7 +1149,8 @@ def expect(true: object, otherwise: str) -> None:
 def inflate(packed: memoryview, codec: str, most: int) -> bytes:
     """The inverse of compress for up to `most` bytes; no more are ever inflated. Raises anything for damage."""
     if codec == "zstd":
-        raw = zstandard.ZstdDecompressor().stream_reader(packed).read(most + 1)
+        expect(0 <= zstandard.frame_content_size(packed) <= most, "a payload holds more than its tensors")
+        raw = zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
     else:
         deflate = zlib.decompressobj()
         raw = deflate.decompress(packed, most + 1)
@@ -1178,7 +1177,7 @@ def read_payloads(packed: list[memoryview], codec: str, tensors: Tensors, roles:
         if roles[name] in FINER:
             codes = read_integers(inflate(parts.pop(0), codec, 99 + 3 * p.numel()), p.numel())
             part = from_codes(codes.view(-1, p.size(-1))).mul_(part)
-        expect(part.isfinite().all(), f"{name} holds a value that is no number")
+        expect(all(map(math.isfinite, part.aminmax())), f"{name} holds a value that is no number")
         state[name] = part.view(p.shape)
     return state
 def encode(state: Tensors, roles: Roles, settings: Hyperparameters, step: float, hessians: Mapping = {}) -> bytes:
@@ -1228,12 +1227,13 @@ def read_artifact(variable: str, name: str, limit: float, world: World) -> tuple
         raise UserError(f"{variable}={name}: {fault}") from None
 
 def fit(size: Callable[[float], float], limit: float) -> float:
-    """The finest step with size(step) <= limit, to 0.1% of it; COARSEST if nothing fits. Bytes are almost linear in its logarithm."""
+    """The finest step with size(step) <= limit, to 0.1% of it; COARSEST if nothing fits. Bytes are almost linear in the step's
+    logarithm, so by false position; every third try halves the bracket instead, should they not be."""
     low, high, over, under = FINEST, COARSEST, size(FINEST) - limit, limit - size(COARSEST)
-    for _ in range(20):
+    for tries in range(1, 31):
         if over <= 0 or under <= 0.001 * limit:
             break
-        found = size(middle := low * (high / low) ** (over / (over + under))) - limit
+        found = size(middle := low * (high / low) ** (over / (over + under) if tries % 3 else 0.5)) - limit
         low, over, high, under = (middle, found, high, under) if found > 0 else (low, over, middle, -found)
     return low if over <= 0 else high
 def pack(state: Tensors, roles: Roles, settings: Hyperparameters, limit: int, hessians: Mapping = {}) -> tuple[bytes, float]:
@@ -1629,7 +1629,7 @@ def run_table(settings: Hyperparameters, world: World) -> int:
     try:
         print(draw_curves(results) if world.rank == 0 else "")
     except Exception as error:  # no matplotlib, no right to write, whatever a strange folder provokes
-        print(f"no learning curves: {ascii(str(error))[:200]}")
+        print("no learning curves:", " ".join(str(error).split())[:200])
     return 0
 def draw_curves(results: list[dict]) -> str:
     """Draw the training losses of all runs beside their folders; a line that says where. Needs matplotlib."""
@@ -1668,7 +1668,7 @@ def final_lines(codec: str, loss: float, bpb: float, seconds: float) -> str:
 def run_eval(settings: Hyperparameters, world: World) -> int:
     """MODE=eval: score an artifact; the architecture and, unless given, the evaluation's settings are its own."""
     stored, weights = read_artifact("ARTIFACT", settings.artifact, settings.size_limit_bytes, world)
-    settings = prepare_demo(from_artifact(stored), world)
+    settings = prepare_demo(from_env(defaults=stored), world)
     validation = load_validation(settings, world)
     model, *figures = score(weights, validation, settings, world)
     print(final_lines(str(stored["compress_algo"]), *figures))
@@ -1684,7 +1684,7 @@ def run_train(settings: Hyperparameters, world: World) -> int:
     start = None
     if settings.init_from:
         start = read_artifact("INIT_FROM", settings.init_from, settings.size_limit_bytes, world)
-        settings = from_artifact({n: v for n, v in start[0].items() if SCOPES[n] == "model" and not n.startswith("head_")})
+        settings = from_env(defaults={n: v for n, v in start[0].items() if SCOPES[n] == "model" and not n.startswith("head_")})
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}-{settings.head_type}-{settings.seed}"
     settings = dataclasses.replace(prepare_demo(settings, world), run_id=settings.run_id or world.agree(stamp))
     micro_batch_sequences(settings, world)
@@ -1727,7 +1727,7 @@ def export(trainer: Trainer, hessians: Mapping[str, Tensor], path: Path, log: Ru
         sizes = " ".join(f"{codec} {sum(map(len, write_payloads(part, roles, step, codec))) / len(exact):.4f}"
                          for codec in ("zlib", "zstd") if zstandard or codec == "zlib")
         error = (rounded - exact).square().sum() / exact.square().sum().clamp_min(1e-30)
-        log.write(f"quantized {role}: {len(exact)} weights, step {step / finer:.4g} RMS, error {error:.3g}, bytes each {sizes}")
+        log.write(f"quantized {role}: {len(exact)}, step {step / finer:.4g} RMS, error {error:.3g}, plain bytes each {sizes}")
     total, limit = code + packed, s.size_limit_bytes
     over = "; over the cap, so this run exits with code 3" if total > limit else ""
     log.write(f"Code size: {code} bytes\nSerialized model int8+{codec}: {packed} bytes\n"

@@ -193,7 +193,7 @@ def test_the_relative_error_does_not_depend_on_a_matrix_s_size_or_its_neighbours
     """No floor: down to what float32 can hold."""
     w = gaussian(43, 64)
     usual = on_grid(w, role, step)
-    for power in (-90, -30, 30, 90):
+    for power in (-109, -90, -30, 30, 90):
         state = {"w": w * 2.0 ** power, "alike": w, "noise": gaussian(43, 64, seed=1)}
         (names, codes, scales), = quantized(state, dict.fromkeys(state, role), step)
         found = dict(zip(names, from_codes(codes) * scales))
@@ -305,18 +305,17 @@ def test_calibration_sums_the_inputs_of_every_linear_and_of_the_logits(demo):
 
 
 def test_an_artifact_by_gptq_meets_its_limit_and_loses_less():
-    model, world = random_model(model_dim=64, vocab_size=64, head_type="tied"), cpu_world()
+    model = random_model(model_dim=64, vocab_size=64, head_type="tied")
     state, roles, s = model.state_dict(), train_gpt.parameter_roles(model), small(model_dim=64)
     hessians = {name: correlated(weight.size(-1), rank=weight.size(-1) // 2)[0] for name, weight in state.items()
                 if roles[name] == "matrix"}
     limit = int(0.6 * len(pack(state, roles, s, 10**9)[0]))
     (plain, _), (blob, _) = pack(state, roles, s, limit), pack(state, roles, s, limit, hessians)
-    assert 0.99 * limit <= len(blob) <= limit and pack(state, roles, s, limit, hessians)[0] == blob
+    assert 0.995 * limit <= len(blob) <= limit and pack(state, roles, s, limit, hessians)[0] == blob
     found, usual = unpack(blob)[1], unpack(plain)[1]
     for name in hessians:
         x = correlated(state[name].size(-1), rank=state[name].size(-1) // 2)[1]
         assert output_error(found[name], state[name], x) < 0.5 * output_error(usual[name], state[name], x), name
-    assert world.size == 1
 
 
 def test_only_what_makes_logits_has_the_fine_role():
@@ -362,6 +361,9 @@ def test_the_fit_finds_the_finest_step_and_says_where_there_is_none():
         for step in (0.01, 0.1, 1.0, 5.0):
             found = train_gpt.fit(size, size(step))
             assert step <= found and 0.999 * size(step) <= size(found) <= size(step)
+        def shelf(step, scale=scale):  # as where the largest entry and not the step sets the scale
+            return scale * (100 if step < 0.3 else 30 / step)
+        assert 0.999 * 99 * scale <= shelf(train_gpt.fit(shelf, 99 * scale)) <= 99 * scale
         assert train_gpt.fit(size, size(FINEST)) == FINEST == train_gpt.fit(size, 1e30)
         assert train_gpt.fit(size, 0.9 * size(train_gpt.COARSEST)) == train_gpt.COARSEST
 
@@ -736,6 +738,15 @@ def test_hostile_artifact_is_a_users_error(case):
     assert refused(HOSTILE[case]) or case in TOLERATED
 
 
+@each_codec
+def test_bytes_hidden_behind_a_payload_are_refused(codec):
+    header, _, payloads = header_of(genuine(codec))
+    parts = parts_of(header, payloads)
+    assert not refused(with_parts(parts, header))
+    for i in range(len(parts)):
+        assert refused(with_parts([*parts[:i], parts[i] + b"hidden", *parts[i + 1:]], header))
+
+
 @pytest.mark.parametrize("case", ["trailing payload", "payload cut", "no payload"])
 def test_hostile_zstd_payload_is_a_users_error(case):
     need_codec("zstd")
@@ -795,7 +806,7 @@ def test_a_bomb_is_not_inflated(place, codec):
     header, _, payloads = header_of(genuine(codec))
     first, *others, last = parts_of(header, payloads)
     parts = [first if place == "rest" else bomb(codec), *others, last if place == "codes" else bomb(codec)]
-    larger = claim(codec, vocab_size=2**16, model_dim=256)
+    larger = claim(codec, vocab_size=2**16, model_dim=256, bigram_hash=False, value_embed=False, num_layers=2)
     own = 4 * sum(math.prod(shape) for _, _, shape in larger["tensors"])
     for lie, room in ((header, 0), ({**header, "tensors": [["w", "matrix", [2**30]]]}, 0), (larger, 2 * LIMIT + own)):
         blob = with_parts(parts, lie)

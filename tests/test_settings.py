@@ -224,8 +224,11 @@ def test_a_preset_changes_exactly_what_it_lists(preset):
 
 
 def test_defaults_stand_between_the_preset_and_the_explicit_variables():
-    got = from_env({"PRESET": "pilot", "NUM_HEADS": "2"}, defaults=dict(num_layers=3, num_heads=16, num_kv_heads=2))
-    assert (got.num_layers, got.num_heads, got.num_kv_heads, got.mlp_mult) == (3, 2, 2, 2)
+    stored = dict(num_layers=3, num_heads=16, num_kv_heads=2, eval_stride=32)
+    got = from_env({"PRESET": "pilot", "EVAL_STRIDE": "128", "NUM_HEADS": "16"}, defaults=stored)
+    assert (got.num_layers, got.num_heads, got.num_kv_heads, got.mlp_mult, got.eval_stride) == (3, 16, 2, 2, 128)
+    with pytest.raises(UserError, match="^NUM_HEADS=2: the artifact has NUM_HEADS=16; leave it unset$"):
+        from_env({"NUM_HEADS": "2"}, defaults=stored)
 
 
 # ---- the published commands ----
