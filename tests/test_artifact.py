@@ -16,6 +16,7 @@ import time
 import tracemalloc
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -808,9 +809,14 @@ def test_a_bomb_is_not_inflated(place, codec):
     parts = [first if place == "rest" else bomb(codec), *others, last if place == "codes" else bomb(codec)]
     larger = claim(codec, vocab_size=2**16, model_dim=256, bigram_hash=False, value_embed=False, num_layers=2)
     own = 4 * sum(math.prod(shape) for _, _, shape in larger["tensors"])
-    for lie, room in ((header, 0), ({**header, "tensors": [["w", "matrix", [2**30]]]}, 0), (larger, 2 * LIMIT + own)):
-        blob = with_parts(parts, lie)
-        assert peak_bytes(lambda blob=blob: refused(blob) or pytest.fail("loaded")) < 2 * len(blob) + 2**21 + room
+    floats = sum(math.prod(shape) if role == "scalar" else 1 for _, role, shape in larger["tensors"])
+    fitting = [*parts[:-1], train_gpt.compress(bytes(4 * floats), codec) if place == "codes" else parts[-1]]
+    for lie, packed, room in ((header, parts, 0), ({**header, "tensors": [["w", "matrix", [2**30]]]}, parts, 0),
+                              (larger, fitting, 2 * LIMIT + own)):
+        blob = with_parts(packed, lie)
+        with mock.patch.object(train_gpt, "inflate", wraps=train_gpt.inflate) as inflate:
+            assert peak_bytes(lambda blob=blob: refused(blob) or pytest.fail("loaded")) < 2 * len(blob) + 2**21 + room
+        assert inflate.call_count == (0 if len(lie["tensors"]) == 1 else 1 + (place == "codes"))  # it got as far as the bomb
 
 
 def wordy(unit):
