@@ -32,7 +32,13 @@ def run():
     def start(env, *args, cwd, timeout=120):
         bare = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         command = [sys.executable, *(args or (str(ROOT / "train_gpt.py"),))]
-        return subprocess.run(command, env=dict(bare, OMP_NUM_THREADS="1", **env), cwd=cwd, timeout=timeout,
-                              capture_output=True, text=True)
+        return subprocess.run(
+            command,
+            env=dict(bare, OMP_NUM_THREADS="1", **env),
+            cwd=cwd,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
 
     return start

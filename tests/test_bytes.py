@@ -23,17 +23,36 @@ TOKENIZERS = {
     "all spaces kept, no dummy prefix": dict(BPE, **EXACT, add_dummy_prefix=False),
     "pieces of spaces": dict(BPE, **EXACT, allow_whitespace_only_pieces=True),
     "unigram, unknown tokens": dict(model_type="unigram", hard_vocab_limit=False),
-    "unigram, byte fallback": dict(model_type="unigram", byte_fallback=True, hard_vocab_limit=False),
+    "unigram, byte fallback": dict(
+        model_type="unigram", byte_fallback=True, hard_vocab_limit=False
+    ),
     "space as suffix": dict(BPE, treat_whitespace_as_suffix=True),
     "own symbols": dict(BPE, user_defined_symbols=["<x>", "os"], control_symbols=["<c>"]),
     "no lone space": dict(BPE, add_dummy_prefix=False, spaces=False),
 }
 TEXTS = [
-    "", " ", "  ", "x", " x", "x ", "The quick brown fox.", "two  spaces   three    four", " leading",
-    "\nnewline first", "\n the\n\n", "<x> the<x>the", "a\u2581b", "control \x01\x7f", "\ufffd",
-    "tab\there", "caf\u00e9 na\u00efve Stra\u00dfe", "\u65e5\u672c\u8a9e \u0442\u0435\u043a\u0441\u0442",
+    "",
+    " ",
+    "  ",
+    "x",
+    " x",
+    "x ",
+    "The quick brown fox.",
+    "two  spaces   three    four",
+    " leading",
+    "\nnewline first",
+    "\n the\n\n",
+    "<x> the<x>the",
+    "a\u2581b",
+    "control \x01\x7f",
+    "\ufffd",
+    "tab\there",
+    "caf\u00e9 na\u00efve Stra\u00dfe",
+    "\u65e5\u672c\u8a9e \u0442\u0435\u043a\u0441\u0442",
     "\U0001f600 smile \U0001f469\u200d\U0001f467",
-    "\u0301 combining e\u0301", "\ufb01ne ligature", "nbsp\u00a0here\u3000wide",
+    "\u0301 combining e\u0301",
+    "\ufb01ne ligature",
+    "nbsp\u00a0here\u3000wide",
 ]
 # With extra spaces removed and nothing normalised, a text that itself holds SentencePiece's mark is decoded by the
 # whole row of marks before it; no table of pairs can follow that, and no real tokenizer is built so.
@@ -45,8 +64,17 @@ def train_tokenizer(spaces=True, vocab_size=400, **options):
         lines = [line.strip() for line in source if line.strip()]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines if spaces else ["".join(line.split()) for line in lines]), model_writer=model,
-        vocab_size=vocab_size, pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3, num_threads=1, minloglevel=2, **options)
+        sentence_iterator=iter(lines if spaces else ["".join(line.split()) for line in lines]),
+        model_writer=model,
+        vocab_size=vocab_size,
+        pad_id=0,
+        bos_id=BOS_ID,
+        eos_id=2,
+        unk_id=3,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
     return model.getvalue()
 
 
@@ -71,7 +99,9 @@ def tokenizers(tmp_path_factory, demo):
     folder = tmp_path_factory.mktemp("tokenizers")
     for name, options in TOKENIZERS.items():
         (folder / name).write_bytes(train_tokenizer(**options))
-    return {name: Tokenizer(folder / name) for name in TOKENIZERS} | {"demo": Tokenizer(demo / "tokenizer.model")}
+    return {name: Tokenizer(folder / name) for name in TOKENIZERS} | {
+        "demo": Tokenizer(demo / "tokenizer.model")
+    }
 
 
 def suits(name, text):
@@ -88,12 +118,36 @@ def test_the_bytes_of_a_document_are_those_of_its_decoded_text(tokenizers, name,
 
 @pytest.mark.parametrize("name", [*TOKENIZERS, "demo"])
 def test_the_bytes_of_a_row_of_documents_are_the_sum_of_theirs(tokenizers, name):
-    counted, true = tokenizers[name].counted_and_true([text for text in TEXTS if suits(name, text)] * 2)
+    counted, true = tokenizers[name].counted_and_true(
+        [text for text in TEXTS if suits(name, text)] * 2
+    )
     assert counted == true > 100
 
 
-PIECES = st.sampled_from([" ", "  ", "\n", "\t", "the", " the", "def ", "os", ".", "(", SPACE, "<x>", "\u00e9",
-                          "\u65e5", "\U0001f600", "\u0301", "\u00a0", "\u200d", "\ufb01", "\0"])
+PIECES = st.sampled_from(
+    [
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "the",
+        " the",
+        "def ",
+        "os",
+        ".",
+        "(",
+        SPACE,
+        "<x>",
+        "\u00e9",
+        "\u65e5",
+        "\U0001f600",
+        "\u0301",
+        "\u00a0",
+        "\u200d",
+        "\ufb01",
+        "\0",
+    ]
+)
 DOCUMENT = st.one_of(st.text(max_size=20), st.lists(PIECES, max_size=12).map("".join))
 
 
@@ -127,7 +181,9 @@ def test_identity_without_lost_spaces_counts_the_text_s_own_bytes(tokenizers):
         sp = tokenizers[name].sp
         texts_kept = [text for text in texts if sp.decode(sp.encode(text)) == text]
         assert len(texts_kept) > 25
-        assert tokenizers[name].counted_and_true(texts_kept)[0] == sum(len(text.encode()) for text in texts_kept)
+        assert tokenizers[name].counted_and_true(texts_kept)[0] == sum(
+            len(text.encode()) for text in texts_kept
+        )
 
 
 @pytest.mark.parametrize("name", [*TOKENIZERS, "demo"])
@@ -145,13 +201,24 @@ def test_a_leading_space_counts_inside_a_document_and_not_at_its_start(tokenizer
     sp, table = tokenizers["dummy prefix"].sp, tokenizers["dummy prefix"].table
     token = sp.piece_to_id(SPACE + "the")
     assert token != sp.unk_id()
-    inside, start = table(torch.tensor([sp.vocab_size() - 1, BOS_ID]), torch.tensor([token, token])).tolist()
+    inside, start = table(
+        torch.tensor([sp.vocab_size() - 1, BOS_ID]), torch.tensor([token, token])
+    ).tolist()
     assert (inside, start) == (4, 3)
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"no model", lambda data: data[:len(data) // 2],
-                                    lambda data: data[:-1], lambda data: b"\0" * 1000, lambda data: data[1000:]],
-                         ids=["empty", "text", "half", "cut by a byte", "zeros", "beginning lost"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"no model",
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: b"\0" * 1000,
+        lambda data: data[1000:],
+    ],
+    ids=["empty", "text", "half", "cut by a byte", "zeros", "beginning lost"],
+)
 def test_a_corrupt_tokenizer_is_refused_and_named(demo, tmp_path, damage):
     path = tmp_path / "t.model"
     path.write_bytes(damage((demo / "tokenizer.model").read_bytes()))
@@ -159,7 +226,9 @@ def test_a_corrupt_tokenizer_is_refused_and_named(demo, tmp_path, damage):
         load_byte_counts(path, 1024, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()], ids=["missing", "a folder"])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, lambda path: path.mkdir()], ids=["missing", "a folder"]
+)
 def test_a_missing_tokenizer_is_refused_and_named(tmp_path, make):
     make(tmp_path / "t.model")
     with pytest.raises(UserError, match=r"^TOKENIZER_PATH=.*t\.model: "):
@@ -175,8 +244,18 @@ def test_a_tokenizer_of_another_vocabulary_size_is_refused_with_both_sizes(demo,
 def test_a_tokenizer_of_bytes_and_two_letters_counts_too(tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["ab"] * 10), model_writer=model, vocab_size=262, pad_id=0, bos_id=BOS_ID, eos_id=2,
-        unk_id=3, add_dummy_prefix=False, num_threads=1, minloglevel=2, **BPE)
+        sentence_iterator=iter(["ab"] * 10),
+        model_writer=model,
+        vocab_size=262,
+        pad_id=0,
+        bos_id=BOS_ID,
+        eos_id=2,
+        unk_id=3,
+        add_dummy_prefix=False,
+        num_threads=1,
+        minloglevel=2,
+        **BPE,
+    )
     (tmp_path / "t.model").write_bytes(model.getvalue())
     tokenizer = Tokenizer(tmp_path / "t.model")
     for texts in (["abba"], ["xyz", "", "a\u00e9"]):

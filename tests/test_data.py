@@ -50,13 +50,41 @@ def test_the_script_writes_the_format_of_the_challenge(tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == shard_bytes([5, 0, 65535, 1023])
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"\0" * 10, shard_bytes([1, 2])[:1023], shard_bytes([1, 2, 3])[:-1], shard_bytes([1, 2, 3])[:-2],
-    shard_bytes([1, 2]) + b"\0", shard_bytes([1, 2]) + b"\0\0", shard_bytes([1, 2], magic=20240521),
-    shard_bytes([1, 2], magic=0), shard_bytes([1, 2], version=2), shard_bytes([1, 2], version=0),
-    shard_bytes([1, 2], count=-1), shard_bytes([1, 2], count=2**31 - 1), shard_bytes([]),
-], ids=["empty file", "ten bytes", "header cut", "cut by a byte", "cut by a token", "a byte more", "a token more",
-        "wrong magic", "no magic", "newer version", "no version", "negative count", "huge count", "no token"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0" * 10,
+        shard_bytes([1, 2])[:1023],
+        shard_bytes([1, 2, 3])[:-1],
+        shard_bytes([1, 2, 3])[:-2],
+        shard_bytes([1, 2]) + b"\0",
+        shard_bytes([1, 2]) + b"\0\0",
+        shard_bytes([1, 2], magic=20240521),
+        shard_bytes([1, 2], magic=0),
+        shard_bytes([1, 2], version=2),
+        shard_bytes([1, 2], version=0),
+        shard_bytes([1, 2], count=-1),
+        shard_bytes([1, 2], count=2**31 - 1),
+        shard_bytes([]),
+    ],
+    ids=[
+        "empty file",
+        "ten bytes",
+        "header cut",
+        "cut by a byte",
+        "cut by a token",
+        "a byte more",
+        "a token more",
+        "wrong magic",
+        "no magic",
+        "newer version",
+        "no version",
+        "negative count",
+        "huge count",
+        "no token",
+    ],
+)
 def test_a_damaged_shard_is_refused_and_named(tmp_path, data):
     path = tmp_path / "fineweb_val_000000.bin"
     path.write_bytes(data)
@@ -71,10 +99,17 @@ def test_one_damaged_shard_among_good_ones_is_found_at_once(tmp_path):
         Shards(tmp_path, "train", 1024)
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("file"), lambda path: path.mkdir(),
-                                  lambda path: put(path.mkdir() or path, [1], split="val"),
-                                  lambda path: (path.mkdir(), (path / "fineweb_train_0.bin").mkdir())],
-                         ids=["missing", "a file", "empty", "another split only", "a folder in place of a shard"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: None,
+        lambda path: path.write_text("file"),
+        lambda path: path.mkdir(),
+        lambda path: put(path.mkdir() or path, [1], split="val"),
+        lambda path: (path.mkdir(), (path / "fineweb_train_0.bin").mkdir()),
+    ],
+    ids=["missing", "a file", "empty", "another split only", "a folder in place of a shard"],
+)
 def test_a_folder_without_shards_is_refused_and_named(tmp_path, make):
     make(tmp_path / "data")
     with pytest.raises(UserError, match="data"):
@@ -93,8 +128,10 @@ def test_a_token_outside_the_vocabulary_is_refused_with_shard_and_token(tmp_path
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=7), min_size=1, max_size=4),
-       st.lists(st.tuples(st.integers(0, 10**12), st.integers(1, 60)), min_size=1, max_size=5))
+@given(
+    st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=7), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 10**12), st.integers(1, 60)), min_size=1, max_size=5),
+)
 def test_take_reads_the_endless_repetition_of_all_shards_in_order(parts, cuts):
     whole = [token for part in parts for token in part]
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +153,9 @@ def test_shards_are_read_in_the_order_of_their_names_whatever_the_order_of_writi
 
 
 def plan(sequences, T=4, micro=0):
-    return Hyperparameters(train_batch_tokens=sequences * T, train_seq_len=T, micro_batch_tokens=micro)
+    return Hyperparameters(
+        train_batch_tokens=sequences * T, train_seq_len=T, micro_batch_tokens=micro
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +172,13 @@ def joined(batches):
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 4, 8, 12, 10**6])
 @pytest.mark.parametrize("step", [0, 3, 17])
-def test_the_ranks_parts_in_order_are_the_same_global_batch_for_any_number_of_ranks(counting, size, micro, step):
+def test_the_ranks_parts_in_order_are_the_same_global_batch_for_any_number_of_ranks(
+    counting, size, micro, step
+):
     s = plan(sequences=8, micro=micro)
-    x, y = joined([pair for rank in range(size) for pair in train_batch(counting, step, s, world(rank, size))])
+    x, y = joined(
+        [pair for rank in range(size) for pair in train_batch(counting, step, s, world(rank, size))]
+    )
     first = torch.arange(step * 32, (step + 1) * 32).view(8, 4)
     assert torch.equal(x, first % 192)
     assert torch.equal(y, (first + 1) % 192)
@@ -144,29 +187,53 @@ def test_the_ranks_parts_in_order_are_the_same_global_batch_for_any_number_of_ra
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_pass_over_the_data_trains_on_every_target_exactly_once(counting, size):
-    targets = [y for step in range(6) for rank in range(size)
-               for _, y in train_batch(counting, step, plan(8), world(rank, size))]
+    targets = [
+        y
+        for step in range(6)
+        for rank in range(size)
+        for _, y in train_batch(counting, step, plan(8), world(rank, size))
+    ]
     assert sorted(torch.cat(targets).flatten().tolist()) == list(range(192))
 
 
-@pytest.mark.parametrize("sequences, size, micro, expected", [
-    (8, 1, 4, 1), (8, 1, 8, 2), (8, 1, 12, 2), (8, 1, 16, 4), (8, 1, 10**6, 8), (8, 2, 10**6, 4), (8, 4, 10**6, 2),
-    (8, 8, 10**6, 1), (7, 1, 24, 1), (12, 2, 16, 3), (12, 2, 15, 3), (12, 2, 11, 2), (4096, 1, 0, 1024),
-])
-def test_a_micro_batch_is_the_largest_equal_part_of_the_share_within_its_tokens(sequences, size, micro, expected):
+@pytest.mark.parametrize(
+    "sequences, size, micro, expected",
+    [
+        (8, 1, 4, 1),
+        (8, 1, 8, 2),
+        (8, 1, 12, 2),
+        (8, 1, 16, 4),
+        (8, 1, 10**6, 8),
+        (8, 2, 10**6, 4),
+        (8, 4, 10**6, 2),
+        (8, 8, 10**6, 1),
+        (7, 1, 24, 1),
+        (12, 2, 16, 3),
+        (12, 2, 15, 3),
+        (12, 2, 11, 2),
+        (4096, 1, 0, 1024),
+    ],
+)
+def test_a_micro_batch_is_the_largest_equal_part_of_the_share_within_its_tokens(
+    sequences, size, micro, expected
+):
     assert micro_batch_sequences(plan(sequences, micro=micro), world(0, size)) == expected
 
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.sampled_from([1, 2, 4]), st.integers(4, 300))
-def test_the_micro_batches_cover_the_share_in_equal_parts_that_respect_their_tokens(share, size, micro):
+def test_the_micro_batches_cover_the_share_in_equal_parts_that_respect_their_tokens(
+    share, size, micro
+):
     B = micro_batch_sequences(plan(share * size, micro=micro), world(0, size))
     assert share % B == 0
     assert 4 * B <= micro
 
 
 @pytest.mark.parametrize("sequences, size", [(7, 2), (6, 4), (2, 4), (1, 8)])
-def test_sequences_that_do_not_divide_among_the_ranks_are_refused_with_a_size_that_would(sequences, size):
+def test_sequences_that_do_not_divide_among_the_ranks_are_refused_with_a_size_that_would(
+    sequences, size
+):
     with pytest.raises(UserError, match=rf"^TRAIN_BATCH_TOKENS={4 * sequences}: .*\b{4 * size}\b"):
         micro_batch_sequences(plan(sequences), world(0, size))
 
@@ -180,7 +247,9 @@ def fail(*_):
 
 @pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace"])
 @pytest.mark.parametrize("earlier", [None, b"earlier"])
-def test_a_write_that_fails_leaves_the_earlier_file_and_no_partial_one(tmp_path, monkeypatch, where, earlier):
+def test_a_write_that_fails_leaves_the_earlier_file_and_no_partial_one(
+    tmp_path, monkeypatch, where, earlier
+):
     path = tmp_path / "file"
     if earlier:
         path.write_bytes(earlier)
@@ -190,7 +259,9 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_no_partial_one(tmp_path,
             broken.setattr(os, "replace", fail)
         with pytest.raises((OSError, UserError), match="No space left"):
             tg.write_whole(path, b"new")
-    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == ({"file": earlier} if earlier else {})
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == (
+        {"file": earlier} if earlier else {}
+    )
 
 
 def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -201,7 +272,9 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
 
 def test_a_write_is_synced_before_it_takes_its_name(tmp_path, monkeypatch):
     seen, sync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (seen.append((tmp_path / "file").exists()), sync(number)))
+    monkeypatch.setattr(
+        os, "fsync", lambda number: (seen.append((tmp_path / "file").exists()), sync(number))
+    )
     tg.write_whole(tmp_path / "file", b"data")
     assert seen and seen[0] is False
 
@@ -210,13 +283,20 @@ def test_a_write_is_synced_before_it_takes_its_name(tmp_path, monkeypatch):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".")
+    }
 
 
 def test_the_demo_corpus_holds_three_splits_and_their_tokenizer(demo):
     shards = {f"fineweb_{split}_000000.bin" for split in ("train", "val", "test")}
     assert set(contents(demo)) == {"tokenizer.model"} | shards
-    assert sentencepiece.SentencePieceProcessor(model_file=str(demo / "tokenizer.model")).vocab_size() == 1024
+    assert (
+        sentencepiece.SentencePieceProcessor(model_file=str(demo / "tokenizer.model")).vocab_size()
+        == 1024
+    )
 
 
 @pytest.mark.parametrize("split, least", [("train", 300_000), ("val", 10_000), ("test", 10_000)])
@@ -234,7 +314,10 @@ def test_no_demo_document_is_in_two_splits(demo):
     documents = {}
     for split in ("train", "val", "test"):
         shards = Shards(demo, split, 1024)
-        text = np.split(shards.take(0, len(shards)), np.flatnonzero(shards.take(0, len(shards)) == tg.BOS_ID)[1:])
+        text = np.split(
+            shards.take(0, len(shards)),
+            np.flatnonzero(shards.take(0, len(shards)) == tg.BOS_ID)[1:],
+        )
         documents[split] = {tuple(document.tolist()) for document in text}
     train, val, test = documents.values()
     assert not train & (val | test) and not val & test
@@ -244,12 +327,19 @@ def test_the_demo_corpus_is_built_once(demo, monkeypatch):
     monkeypatch.setattr(tg, "demo_documents", lambda: pytest.fail("built again"))
     before = {path: path.stat().st_mtime_ns for path in demo.glob("[!.]*")}
     tg.build_demo(demo, 1024)
-    assert {path: path.stat().st_mtime_ns for path in demo.glob("[!.]*")} == before and len(before) == 4
+    assert {path: path.stat().st_mtime_ns for path in demo.glob("[!.]*")} == before and len(
+        before
+    ) == 4
 
 
 def test_the_demo_corpus_is_the_same_bytes_in_another_process_and_place(demo, run, tmp_path):
     code = "import pathlib, train_gpt; train_gpt.build_demo(pathlib.Path('again/deep'), 1024)"
-    done = run(dict(PYTHONPATH=str(Path(tg.__file__).parent), PYTHONHASHSEED="12345"), "-c", code, cwd=tmp_path)
+    done = run(
+        dict(PYTHONPATH=str(Path(tg.__file__).parent), PYTHONHASHSEED="12345"),
+        "-c",
+        code,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "again" / "deep") == contents(demo)
 
@@ -262,7 +352,10 @@ def test_a_build_that_was_killed_before_its_end_is_repeated(tmp_path, monkeypatc
 
 
 def few_documents():
-    return [Path(path).read_text(encoding="utf-8") for path in (tempfile.__file__, os.__file__, sentencepiece.__file__)]
+    return [
+        Path(path).read_text(encoding="utf-8")
+        for path in (tempfile.__file__, os.__file__, sentencepiece.__file__)
+    ]
 
 
 def build_beside_another(folder, ready, calls, codes):
@@ -281,7 +374,10 @@ def build_beside_another(folder, ready, calls, codes):
 def test_two_processes_that_build_at_the_same_time_do_not_clash(tmp_path):
     context = multiprocessing.get_context("fork")
     ready, calls, results = context.Barrier(2), context.Value("i", 0), context.Queue()
-    builders = [context.Process(target=build_beside_another, args=(tmp_path, ready, calls, results)) for _ in range(2)]
+    builders = [
+        context.Process(target=build_beside_another, args=(tmp_path, ready, calls, results))
+        for _ in range(2)
+    ]
     for builder in builders:
         builder.start()
     first, second = (results.get(timeout=60) for _ in builders)
@@ -308,17 +404,39 @@ def test_a_demo_folder_that_cannot_be_made_is_refused(tmp_path):
 # ---- the program as a whole ----
 
 
-@pytest.mark.parametrize("val, env, words", [
-    ([1, *range(5, 300), 1024], {}, ["fineweb_val_000000.bin", "1024", "VOCAB_SIZE"]),
-    ([1, *range(5, 69)], {"TRAIN_SEQ_LEN": "65"}, ["TRAIN_SEQ_LEN=65", "val"]),
-    ([1, *range(5, 300)], {"TOKENIZER_PATH": "nowhere.model"}, ["TOKENIZER_PATH=nowhere.model"]),
-], ids=["token outside the vocabulary", "validation shorter than a sequence", "no tokenizer"])
-def test_bad_data_ends_the_program_with_code_2_and_one_line_before_training(demo, run, tmp_path, val, env, words):
+@pytest.mark.parametrize(
+    "val, env, words",
+    [
+        ([1, *range(5, 300), 1024], {}, ["fineweb_val_000000.bin", "1024", "VOCAB_SIZE"]),
+        ([1, *range(5, 69)], {"TRAIN_SEQ_LEN": "65"}, ["TRAIN_SEQ_LEN=65", "val"]),
+        (
+            [1, *range(5, 300)],
+            {"TOKENIZER_PATH": "nowhere.model"},
+            ["TOKENIZER_PATH=nowhere.model"],
+        ),
+    ],
+    ids=["token outside the vocabulary", "validation shorter than a sequence", "no tokenizer"],
+)
+def test_bad_data_ends_the_program_with_code_2_and_one_line_before_training(
+    demo, run, tmp_path, val, env, words
+):
     put(tmp_path, [1, *range(5, 400)])
     put(tmp_path, val, split="val")
-    env = dict(dict(PRESET="demo", DATA_PATH=".", TOKENIZER_PATH=str(demo / "tokenizer.model"), TRAIN_SEQ_LEN="64",
-                    TRAIN_BATCH_TOKENS=str(64 * 65), MAX_WALLCLOCK_SECONDS="1", ITERATIONS="1"), **env)
+    env = dict(
+        dict(
+            PRESET="demo",
+            DATA_PATH=".",
+            TOKENIZER_PATH=str(demo / "tokenizer.model"),
+            TRAIN_SEQ_LEN="64",
+            TRAIN_BATCH_TOKENS=str(64 * 65),
+            MAX_WALLCLOCK_SECONDS="1",
+            ITERATIONS="1",
+        ),
+        **env,
+    )
     done = run(env, cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n"), done.stderr[:7]) == (2, 1, "error: "), done.stderr
+    assert (done.returncode, done.stderr.count("\n"), done.stderr[:7]) == (2, 1, "error: "), (
+        done.stderr
+    )
     assert all(word in done.stderr for word in words), done.stderr
     assert not (tmp_path / "runs").exists()

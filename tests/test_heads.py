@@ -12,12 +12,30 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import GPT, HEADS, VARIANTS, Hyperparameters, Trainer, UserError, World, from_env, head_class, spectrum
+from train_gpt import (
+    GPT,
+    HEADS,
+    VARIANTS,
+    Hyperparameters,
+    Trainer,
+    UserError,
+    World,
+    from_env,
+    head_class,
+    spectrum,
+)
 
 # What a head is called here, and the settings that choose it.
-KINDS = {name: dict(zip(("head_type", "head_variant"), f"{name}/".split("/"))) for name in (*HEADS, *VARIANTS)}
+KINDS = {
+    name: dict(zip(("head_type", "head_variant"), f"{name}/".split("/")))
+    for name in (*HEADS, *VARIANTS)
+}
 KINDS["delta, full"] = dict(head_type="delta", head_rank=0)
-STARTS_ELSEWHERE = {"factorized", "simplex", *VARIANTS}  # the heads that cannot start as the tied head
+STARTS_ELSEWHERE = {
+    "factorized",
+    "simplex",
+    *VARIANTS,
+}  # the heads that cannot start as the tied head
 OWN = [kind for kind in KINDS if kind != "tied"]  # the heads with parameters of their own
 each_head = pytest.mark.parametrize("kind", HEADS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -27,9 +45,25 @@ D, V, K, R, M = 6, 11, 3, 2, 4
 
 def settings(kind, **changes):
     small = dict(
-        vocab_size=V, num_layers=2, model_dim=D, num_heads=1, num_kv_heads=1, rope_dims=4, bigram_vocab_size=20, bigram_dim=8,
-        ve_dim=8, ve_layers="1", xsa_last_n=1, train_seq_len=12, train_batch_tokens=48, head_k=K, head_rank=R, head_dim=M,
-        compile="0", compute_dtype="fp32")
+        vocab_size=V,
+        num_layers=2,
+        model_dim=D,
+        num_heads=1,
+        num_kv_heads=1,
+        rope_dims=4,
+        bigram_vocab_size=20,
+        bigram_dim=8,
+        ve_dim=8,
+        ve_layers="1",
+        xsa_last_n=1,
+        train_seq_len=12,
+        train_batch_tokens=48,
+        head_k=K,
+        head_rank=R,
+        head_dim=M,
+        compile="0",
+        compute_dtype="fp32",
+    )
     return dataclasses.replace(Hyperparameters(), **{**small, **KINDS[kind], **changes})
 
 
@@ -65,19 +99,30 @@ def test_probabilities_sum_to_one(kind):
 
 
 @every_kind
-@pytest.mark.parametrize("changes", [{}, dict(logit_softcap=0.0), dict(head_k=1, head_rank=1)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(logit_softcap=0.0), dict(head_k=1, head_rank=1)], ids=str
+)
 def test_nll_and_its_gradients_are_those_of_the_naive_target_log_probability(kind, changes):
     head, (h, x, y, E) = random_head(kind, **changes), inputs()
     found, naive = head.nll(h, x, y, E), -head.log_probs(h, x, E)[torch.arange(len(y)), y]
     assert found.shape == y.shape
     torch.testing.assert_close(found, naive, rtol=0, atol=1e-12)
     wanted = dict(h=h, E=E, **dict(head.named_parameters()))
-    weight = torch.linspace(1, 2, len(y), dtype=torch.float64)  # unequal, so that no token's gradient can hide
-    pairs = zip(*(torch.autograd.grad((nll * weight).sum(), wanted.values(), allow_unused=True) for nll in (found, naive)))
+    weight = torch.linspace(
+        1, 2, len(y), dtype=torch.float64
+    )  # unequal, so that no token's gradient can hide
+    pairs = zip(
+        *(
+            torch.autograd.grad((nll * weight).sum(), wanted.values(), allow_unused=True)
+            for nll in (found, naive)
+        )
+    )
     idle = {"E"} | ({"gate_KD"} if "head_k" in changes else set())  # a gate alone is always open
     for name, (ours, theirs) in zip(wanted, pairs):
         if ours is None and theirs is None:
-            assert name == "E"  # a head may do without the embedding, not without its own parameters
+            assert (
+                name == "E"
+            )  # a head may do without the embedding, not without its own parameters
             continue
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
         assert name in idle or ours.abs().max() > 1e-6, name
@@ -92,7 +137,9 @@ def test_gradients_equal_finite_differences(kind):
 
 # The published formulas, each written without the script's help, up to a constant a row: p is the head, C its cap.
 def mixture(gate_NK, logits_KNV):
-    return sum(pi[:, None] * F.softmax(z, -1) for pi, z in zip(F.softmax(gate_NK, -1).T, logits_KNV)).log()
+    return sum(
+        pi[:, None] * F.softmax(z, -1) for pi, z in zip(F.softmax(gate_NK, -1).T, logits_KNV)
+    ).log()
 
 
 FORMULAS = {
@@ -103,19 +150,28 @@ FORMULAS = {
     "delta": lambda p, h, x, E, C: C(h @ (E + p.C_VR @ p.A_RD).T),
     "delta, full": lambda p, h, x, E, C: C(h @ (E + p.C_VR).T),
     "wide": lambda p, h, x, E, C: C(h @ E.T + (h @ p.A_RD.T).clamp(min=0) ** 2 @ p.C_VR.T),
-    "bigram": lambda p, h, x, E, C: C(h @ E.T + torch.stack([p.C_VR @ p.a_VR[token] for token in x])),
+    "bigram": lambda p, h, x, E, C: C(
+        h @ E.T + torch.stack([p.C_VR @ p.a_VR[token] for token in x])
+    ),
     "mos": lambda p, h, x, E, C: mixture(
-        h @ p.gate_KD.T + p.gate_bias_K, [C((h + h @ (U @ A).T) @ E.T) for U, A in zip(p.U_KDR, p.V_KRD)]),
+        h @ p.gate_KD.T + p.gate_bias_K,
+        [C((h + h @ (U @ A).T) @ E.T) for U, A in zip(p.U_KDR, p.V_KRD)],
+    ),
     "factorized/pr908": lambda p, h, x, E, C: C(h @ (p.C_VR @ p.A_RD).T),
     "simplex/pr908": lambda p, h, x, E, C: C(F.softmax(h @ p.S_MD.T, -1) @ p.C_VM.T),
-    "mos/pr908": lambda p, h, x, E, C: C(torch.einsum(
-        "nk,kvr,krd,nd->nv", F.softmax(h @ p.gate_KD.T, -1), p.C_KVR, p.A_KRD, h)),
-    "mos/pr266": lambda p, h, x, E, C: mixture(h @ p.gate_KD.T, [h @ (U @ p.V_RD).T @ E.T for U in p.U_MR.view(K, D, R)]),
+    "mos/pr908": lambda p, h, x, E, C: C(
+        torch.einsum("nk,kvr,krd,nd->nv", F.softmax(h @ p.gate_KD.T, -1), p.C_KVR, p.A_KRD, h)
+    ),
+    "mos/pr266": lambda p, h, x, E, C: mixture(
+        h @ p.gate_KD.T, [h @ (U @ p.V_RD).T @ E.T for U in p.U_MR.view(K, D, R)]
+    ),
 }
 
 
 def published(kind, head, h, x, E, c):
-    return F.log_softmax(FORMULAS[kind](head, h, x, E, lambda z: c * torch.tanh(z / c) if c else z), -1)
+    return F.log_softmax(
+        FORMULAS[kind](head, h, x, E, lambda z: c * torch.tanh(z / c) if c else z), -1
+    )
 
 
 @every_kind
@@ -123,7 +179,9 @@ def published(kind, head, h, x, E, c):
 def test_log_probs_follow_the_published_formula(kind, c):
     head, (h, x, _, E) = random_head(kind, logit_softcap=c), inputs()
     h, E = 5 * h, 3 * E  # far into the cap
-    torch.testing.assert_close(head.log_probs(h, x, E), published(kind, head, h, x, E, c), rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        head.log_probs(h, x, E), published(kind, head, h, x, E, c), rtol=0, atol=1e-11
+    )
 
 
 @each_head
@@ -139,8 +197,16 @@ def test_the_cap_bounds_log_odds_and_zero_means_no_cap(kind):
 
 
 OWN_PARAMETERS = {
-    "tied": 0, "factorized": R * (D + V) + 1, "mos": K * (2 * D * R + D + 1), "simplex": M * (D + V) + 1, "untied": V * D,
-    "delta": R * (D + V), "delta, full": V * D, "wide": R * (D + V), "bigram": 2 * R * V}
+    "tied": 0,
+    "factorized": R * (D + V) + 1,
+    "mos": K * (2 * D * R + D + 1),
+    "simplex": M * (D + V) + 1,
+    "untied": V * D,
+    "delta": R * (D + V),
+    "delta, full": V * D,
+    "wide": R * (D + V),
+    "bigram": 2 * R * V,
+}
 
 
 @pytest.mark.parametrize("kind", OWN_PARAMETERS)
@@ -148,16 +214,28 @@ def test_head_has_the_published_number_of_parameters(kind):
     assert sum(p.numel() for p in new_head(kind).parameters()) == OWN_PARAMETERS[kind]
 
 
-@pytest.mark.parametrize("env, count", [
-    ("HEAD_TYPE=standard", 26_993_766),
-    ("HEAD_TYPE=standard RANK_DIM=64 HEAD_VARIANT=pr908", 27_092_070),
-    ("HEAD_TYPE=standard RANK_DIM=128 HEAD_VARIANT=pr908", 27_190_374),
-    ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=2 MIXTURE_RANK_DIM=64 HEAD_VARIANT=pr908", 27_191_398),
-    ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=4 MIXTURE_RANK_DIM=64 HEAD_VARIANT=pr908", 27_389_030),
-    ("HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=4 MIXTURE_RANK_DIM=128 HEAD_VARIANT=pr908", 27_782_246),
-    ("HEAD_TYPE=simplex SIMPLEX_DIM=128 HEAD_VARIANT=pr908", 27_190_374),
-    ("USE_MOS=1 MOS_K=2 MOS_RANK=64 HEAD_VARIANT=pr266", 17_159_240),
-])
+@pytest.mark.parametrize(
+    "env, count",
+    [
+        ("HEAD_TYPE=standard", 26_993_766),
+        ("HEAD_TYPE=standard RANK_DIM=64 HEAD_VARIANT=pr908", 27_092_070),
+        ("HEAD_TYPE=standard RANK_DIM=128 HEAD_VARIANT=pr908", 27_190_374),
+        (
+            "HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=2 MIXTURE_RANK_DIM=64 HEAD_VARIANT=pr908",
+            27_191_398,
+        ),
+        (
+            "HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=4 MIXTURE_RANK_DIM=64 HEAD_VARIANT=pr908",
+            27_389_030,
+        ),
+        (
+            "HEAD_TYPE=mixture_softmax MIXTURE_SOFTMAX_K=4 MIXTURE_RANK_DIM=128 HEAD_VARIANT=pr908",
+            27_782_246,
+        ),
+        ("HEAD_TYPE=simplex SIMPLEX_DIM=128 HEAD_VARIANT=pr908", 27_190_374),
+        ("USE_MOS=1 MOS_K=2 MOS_RANK=64 HEAD_VARIANT=pr266", 17_159_240),
+    ],
+)
 def test_reproduction_has_the_published_number_of_parameters(env, count):
     with torch.device("meta"):
         model = GPT(from_env(env_of(env)))
@@ -166,7 +244,9 @@ def test_reproduction_has_the_published_number_of_parameters(env, count):
 
 def test_mos_with_one_component_has_no_gate():
     names = dict(new_head("mos", head_k=1).named_parameters())
-    assert sum(p.numel() for p in names.values()) == 2 * D * R and not any("gate" in name for name in names)
+    assert sum(p.numel() for p in names.values()) == 2 * D * R and not any(
+        "gate" in name for name in names
+    )
 
 
 # ---- The start -------------------------------------------------------------------------------------------------------
@@ -181,7 +261,9 @@ def test_head_starts_as_the_tied_head(kind, changes):
     E = model.tok_emb.weight
     expected = new_head("tied", **changes).log_probs(h, x, E)
     torch.testing.assert_close(model.head.log_probs(h, x, E), expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(model.head.nll(h, x, y, E), -expected[torch.arange(40), y], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model.head.nll(h, x, y, E), -expected[torch.arange(40), y], rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["factorized", "simplex"])
@@ -227,7 +309,9 @@ def test_rank_of_random_log_probabilities_without_a_cap(kind, rank):
 
 def test_mos_learns_a_planted_target_beyond_the_rank_bound_that_holds_single_softmaxes():
     d, v, n, k, r = 4, 24, 48, 2, 2
-    target = F.softmax(2 * torch.randn(n, v, generator=torch.Generator().manual_seed(0), dtype=torch.float64), -1)
+    target = F.softmax(
+        2 * torch.randn(n, v, generator=torch.Generator().manual_seed(0), dtype=torch.float64), -1
+    )
     assert (singular_values(target.log()) > 0.1).sum() > d + 1
 
     def fit(kind):
@@ -244,7 +328,9 @@ def test_mos_learns_a_planted_target_beyond_the_rank_bound_that_holds_single_sof
             adam.step()
         return loss.item(), singular_values(log_p.detach())
 
-    (tied, tied_values), (mixed, mixed_values), (logits, logits_values) = map(fit, ("tied", "mos", "mos/pr908"))
+    (tied, tied_values), (mixed, mixed_values), (logits, logits_values) = map(
+        fit, ("tied", "mos", "mos/pr908")
+    )
     assert tied_values[d] < 1e-12 and logits_values[k * r] < 1e-12 and mixed_values[d + 1] > 0.05
     assert mixed < 0.9 * min(tied, logits)
 
@@ -257,7 +343,10 @@ def on_the_cpu():
 
 def spectrum_case(kind, compute_dtype=None, **changes):
     """Model, tokens, settings."""
-    s = settings(kind, **dict(model_dim=8, vocab_size=40, tied_embed_init_std=1.0, val_batch_size=100) | changes)
+    s = settings(
+        kind,
+        **dict(model_dim=8, vocab_size=40, tied_embed_init_std=1.0, val_batch_size=100) | changes,
+    )
     torch.manual_seed(0)
     model = GPT(s, compute_dtype)
     randomise(model.head)
@@ -267,30 +356,43 @@ def spectrum_case(kind, compute_dtype=None, **changes):
 @pytest.mark.parametrize("kind", ["tied", "mos", "bigram", "mos/pr908"])
 def test_spectrum_is_that_of_all_contexts_log_probabilities(kind):
     model, tokens, s = spectrum_case(kind)
-    with mock.patch.object(head_class(s), "log_probs", autospec=True, side_effect=head_class(s).log_probs) as spy:
+    with mock.patch.object(
+        head_class(s), "log_probs", autospec=True, side_effect=head_class(s).log_probs
+    ) as spy:
         found = spectrum(model, tokens, s, on_the_cpu())
-    assert max(len(call.args[1]) for call in spy.call_args_list) < 499  # never all contexts' vocabulary at once
+    assert (
+        max(len(call.args[1]) for call in spy.call_args_list) < 499
+    )  # never all contexts' vocabulary at once
     with torch.no_grad():
         x = tokens[:-1]
         h = torch.cat([model.hidden(part[None])[0] for part in x.split(12)]).double()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        log_p = published(kind, model.head.double(), h, x, model.tok_emb.weight.double(), 30.0).numpy()
+        log_p = published(
+            kind, model.head.double(), h, x, model.tok_emb.weight.double(), 30.0
+        ).numpy()
     energy = np.linalg.svd(log_p - log_p.mean(1, keepdims=True), compute_uv=False) ** 2
     share = energy.cumsum() / energy.sum()
     rank = 1 + np.searchsorted(share, 0.9999)
-    expected = dict(contexts=499, rank_9999=rank, energy_beyond_model_dim=energy[8:].sum() / energy.sum())
+    expected = dict(
+        contexts=499, rank_9999=rank, energy_beyond_model_dim=energy[8:].sum() / energy.sum()
+    )
     assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_spectrum_finds_nothing_beyond_the_width_of_the_tied_head_without_a_cap_but_of_mos(dtype):
-    tied, mos = (spectrum(*spectrum_case(kind, dtype, logit_softcap=0.0), on_the_cpu()) for kind in ("tied", "mos"))
+    tied, mos = (
+        spectrum(*spectrum_case(kind, dtype, logit_softcap=0.0), on_the_cpu())
+        for kind in ("tied", "mos")
+    )
     assert tied["rank_9999"] <= 8 < mos["rank_9999"]
     assert 0 <= tied["energy_beyond_model_dim"] < 1e-12 and mos["energy_beyond_model_dim"] > 1e-3
 
 
 def test_spectrum_reads_65536_contexts_of_a_longer_split():
-    model, _, s = spectrum_case("tied", num_layers=1, ve_layers="0", train_seq_len=1000, val_batch_size=10000)
+    model, _, s = spectrum_case(
+        "tied", num_layers=1, ve_layers="0", train_seq_len=1000, val_batch_size=10000
+    )
     assert spectrum(model, torch.randint(40, (70000,)), s, on_the_cpu())["contexts"] == 66000
 
 
@@ -300,7 +402,9 @@ def test_spectrum_reads_65536_contexts_of_a_longer_split():
 def start(kind, **changes):
     """A trainer of a small model whose weights only gradients move."""
     torch.manual_seed(0)
-    s = settings(kind, model_dim=16, vocab_size=40, head_dim=8, muon_weight_decay=0.0, adam_wd=0.0, **changes)
+    s = settings(
+        kind, model_dim=16, vocab_size=40, head_dim=8, muon_weight_decay=0.0, adam_wd=0.0, **changes
+    )
     return Trainer(GPT(s), s, on_the_cpu())
 
 
@@ -315,8 +419,10 @@ def snapshot(trainer):
 
 def moved(trainer, before):
     """How far each parameter is from where it was; of a stack, its laziest matrix."""
-    return {name: (p - before[name]).abs().flatten(1 if p.ndim == 3 else 0).amax(-1).min().item()
-            for name, p in trainer.model.named_parameters()}
+    return {
+        name: (p - before[name]).abs().flatten(1 if p.ndim == 3 else 0).amax(-1).min().item()
+        for name, p in trainer.model.named_parameters()
+    }
 
 
 @every_own
@@ -358,7 +464,10 @@ def test_untied_head_trains_as_the_tied_one_until_it_leaves_the_embedding():
     tied, untied = start("tied"), start("untied", head_untie_frac=0.5)
     D, E = untied.model.head.D_VD, untied.model.tok_emb.weight
     for seed in range(4):
-        losses = [trainer.step(batch(seed), 1.0, **how).item() for trainer, how in ((tied, {}), (untied, dict(tied=True)))]
+        losses = [
+            trainer.step(batch(seed), 1.0, **how).item()
+            for trainer, how in ((tied, {}), (untied, dict(tied=True)))
+        ]
         assert losses[0] == pytest.approx(losses[1], abs=1e-6)
         assert torch.equal(D, E)
         torch.testing.assert_close(E, tied.model.tok_emb.weight, rtol=0, atol=1e-6)
@@ -387,43 +496,85 @@ def env_of(text):
     return dict(pair.split("=", 1) for pair in text.split())
 
 
-@pytest.mark.parametrize("env", [  # the first variable is the wrong one
-    "HEAD_K=0 HEAD_TYPE=mos", "HEAD_K=65 HEAD_TYPE=mos", "HEAD_K=2.0 HEAD_TYPE=mos", "HEAD_K= HEAD_TYPE=mos",
-    *(f"HEAD_K=2 HEAD_TYPE={kind}" for kind in HEADS if kind != "mos"),
-    *(f"HEAD_DIM=8 HEAD_TYPE={kind}" for kind in HEADS if kind != "simplex"),
-    *(f"HEAD_RANK=8 HEAD_TYPE={kind}" for kind in ("tied", "untied", "simplex")),
-    *(f"HEAD_UNTIE_FRAC=0.5 HEAD_TYPE={kind}" for kind in HEADS if kind != "untied"),
-    *(f"HEAD_RANK=0 HEAD_TYPE={kind}" for kind in ("factorized", "mos", "wide", "bigram")),
-    *(f"HEAD_RANK=513 HEAD_TYPE={kind}" for kind in ("factorized", "mos", "delta")),
-    "HEAD_RANK=0 HEAD_TYPE=mos HEAD_VARIANT=pr908", "HEAD_RANK=513 HEAD_TYPE=mos HEAD_VARIANT=pr266",
-    "HEAD_RANK=300 HEAD_TYPE=mos MODEL_DIM=256", "RANK_DIM=513", "MIXTURE_RANK_DIM=513 HEAD_TYPE=mixture_softmax",
-    "HEAD_RANK=1025 HEAD_TYPE=bigram", "HEAD_RANK=-1 HEAD_TYPE=delta", "HEAD_RANK=1e1 HEAD_TYPE=delta",
-    "HEAD_DIM=1 HEAD_TYPE=simplex", "HEAD_DIM=65537 HEAD_TYPE=simplex",
-    "HEAD_UNTIE_FRAC=1.5 HEAD_TYPE=untied", "HEAD_UNTIE_FRAC=-0.1 HEAD_TYPE=untied", "HEAD_UNTIE_FRAC=nan HEAD_TYPE=untied",
-    "HEAD_UNTIE_FRAC=0.5 HEAD_TYPE=untied HEAD_TRAINABLE=0", "HEAD_UNTIE_FRAC=0.5 HEAD_TYPE=untied TRAIN_ONLY=head",
-    "HEAD_LR=0.01", "HEAD_LR=0.01 HEAD_TYPE=mos", "HEAD_LR=0.01 HEAD_TYPE=mos HEAD_VARIANT=pr266",
-    *(f"HEAD_MATRIX_LR=0.01 HEAD_TYPE={kind}" for kind in ("tied", "untied", "bigram")), "HEAD_MATRIX_LR=-1 HEAD_TYPE=mos",
-    "HEAD_LR=-1 HEAD_TYPE=untied", "HEAD_LR=inf HEAD_TYPE=untied",
-    *(f"HEAD_VARIANT=pr908 HEAD_TYPE={kind}" for kind in HEADS if f"{kind}/pr908" not in VARIANTS),
-    *(f"HEAD_VARIANT=pr266 HEAD_TYPE={kind}" for kind in HEADS if kind != "mos"), "HEAD_VARIANT=pr1 HEAD_TYPE=mos",
-    "HEAD_TRAINABLE=0", "HEAD_TRAINABLE=2 HEAD_TYPE=mos", "HEAD_TRAINABLE= HEAD_TYPE=mos",
-    "TRAIN_ONLY=head", "TRAIN_ONLY=trunk HEAD_TYPE=mos", "TRAIN_ONLY=head HEAD_TYPE=mos HEAD_TRAINABLE=0",
-    "HEAD_TYPE=Tied", "HEAD_TYPE=", "HEAD_TYPE=mos/pr908", "EVAL_SPECTRUM=yes",
-])
+@pytest.mark.parametrize(
+    "env",
+    [  # the first variable is the wrong one
+        "HEAD_K=0 HEAD_TYPE=mos",
+        "HEAD_K=65 HEAD_TYPE=mos",
+        "HEAD_K=2.0 HEAD_TYPE=mos",
+        "HEAD_K= HEAD_TYPE=mos",
+        *(f"HEAD_K=2 HEAD_TYPE={kind}" for kind in HEADS if kind != "mos"),
+        *(f"HEAD_DIM=8 HEAD_TYPE={kind}" for kind in HEADS if kind != "simplex"),
+        *(f"HEAD_RANK=8 HEAD_TYPE={kind}" for kind in ("tied", "untied", "simplex")),
+        *(f"HEAD_UNTIE_FRAC=0.5 HEAD_TYPE={kind}" for kind in HEADS if kind != "untied"),
+        *(f"HEAD_RANK=0 HEAD_TYPE={kind}" for kind in ("factorized", "mos", "wide", "bigram")),
+        *(f"HEAD_RANK=513 HEAD_TYPE={kind}" for kind in ("factorized", "mos", "delta")),
+        "HEAD_RANK=0 HEAD_TYPE=mos HEAD_VARIANT=pr908",
+        "HEAD_RANK=513 HEAD_TYPE=mos HEAD_VARIANT=pr266",
+        "HEAD_RANK=300 HEAD_TYPE=mos MODEL_DIM=256",
+        "RANK_DIM=513",
+        "MIXTURE_RANK_DIM=513 HEAD_TYPE=mixture_softmax",
+        "HEAD_RANK=1025 HEAD_TYPE=bigram",
+        "HEAD_RANK=-1 HEAD_TYPE=delta",
+        "HEAD_RANK=1e1 HEAD_TYPE=delta",
+        "HEAD_DIM=1 HEAD_TYPE=simplex",
+        "HEAD_DIM=65537 HEAD_TYPE=simplex",
+        "HEAD_UNTIE_FRAC=1.5 HEAD_TYPE=untied",
+        "HEAD_UNTIE_FRAC=-0.1 HEAD_TYPE=untied",
+        "HEAD_UNTIE_FRAC=nan HEAD_TYPE=untied",
+        "HEAD_UNTIE_FRAC=0.5 HEAD_TYPE=untied HEAD_TRAINABLE=0",
+        "HEAD_UNTIE_FRAC=0.5 HEAD_TYPE=untied TRAIN_ONLY=head",
+        "HEAD_LR=0.01",
+        "HEAD_LR=0.01 HEAD_TYPE=mos",
+        "HEAD_LR=0.01 HEAD_TYPE=mos HEAD_VARIANT=pr266",
+        *(f"HEAD_MATRIX_LR=0.01 HEAD_TYPE={kind}" for kind in ("tied", "untied", "bigram")),
+        "HEAD_MATRIX_LR=-1 HEAD_TYPE=mos",
+        "HEAD_LR=-1 HEAD_TYPE=untied",
+        "HEAD_LR=inf HEAD_TYPE=untied",
+        *(
+            f"HEAD_VARIANT=pr908 HEAD_TYPE={kind}"
+            for kind in HEADS
+            if f"{kind}/pr908" not in VARIANTS
+        ),
+        *(f"HEAD_VARIANT=pr266 HEAD_TYPE={kind}" for kind in HEADS if kind != "mos"),
+        "HEAD_VARIANT=pr1 HEAD_TYPE=mos",
+        "HEAD_TRAINABLE=0",
+        "HEAD_TRAINABLE=2 HEAD_TYPE=mos",
+        "HEAD_TRAINABLE= HEAD_TYPE=mos",
+        "TRAIN_ONLY=head",
+        "TRAIN_ONLY=trunk HEAD_TYPE=mos",
+        "TRAIN_ONLY=head HEAD_TYPE=mos HEAD_TRAINABLE=0",
+        "HEAD_TYPE=Tied",
+        "HEAD_TYPE=",
+        "HEAD_TYPE=mos/pr908",
+        "EVAL_SPECTRUM=yes",
+    ],
+)
 def test_wrong_setting_of_a_head_is_refused_in_one_line_that_names_it(env):
     with pytest.raises(UserError) as error:
         from_env(env_of(env))
-    assert re.fullmatch(re.escape(env.split()[0]) + ": .+", str(error.value)) and "..=inf" not in str(error.value)
+    assert re.fullmatch(
+        re.escape(env.split()[0]) + ": .+", str(error.value)
+    ) and "..=inf" not in str(error.value)
 
 
-@pytest.mark.parametrize("env, expected", [
-    ("HEAD_TYPE=delta HEAD_RANK=0", dict(head_rank=0)), ("HEAD_TYPE=delta HEAD_RANK=512", dict(head_rank=512)),
-    ("HEAD_TYPE=wide HEAD_RANK=2048", dict(head_rank=2048)), ("HEAD_TYPE=bigram HEAD_RANK=1024", dict(head_rank=1024)),
-    ("HEAD_TYPE=simplex HEAD_DIM=2", dict(head_dim=2)), ("HEAD_TYPE=mos HEAD_K=1 HEAD_RANK=512", dict(head_k=1)),
-    ("HEAD_TYPE=untied HEAD_UNTIE_FRAC=1", dict(head_untie_frac=1.0)), ("MODEL_DIM=32 ROPE_DIMS=4", dict(head_rank=64)),
-    ("HEAD_TYPE=untied HEAD_TRAINABLE=0", dict(head_trainable=False)), ("HEAD_TYPE=wide TRAIN_ONLY=head", dict(train_only="head")),
-    ("HEAD_TYPE=untied HEAD_LR=0.5", dict(head_lr=0.5)), ("HEAD_TYPE=mos HEAD_VARIANT=pr908 HEAD_LR=0.5", dict(head_lr=0.5)),
-])
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ("HEAD_TYPE=delta HEAD_RANK=0", dict(head_rank=0)),
+        ("HEAD_TYPE=delta HEAD_RANK=512", dict(head_rank=512)),
+        ("HEAD_TYPE=wide HEAD_RANK=2048", dict(head_rank=2048)),
+        ("HEAD_TYPE=bigram HEAD_RANK=1024", dict(head_rank=1024)),
+        ("HEAD_TYPE=simplex HEAD_DIM=2", dict(head_dim=2)),
+        ("HEAD_TYPE=mos HEAD_K=1 HEAD_RANK=512", dict(head_k=1)),
+        ("HEAD_TYPE=untied HEAD_UNTIE_FRAC=1", dict(head_untie_frac=1.0)),
+        ("MODEL_DIM=32 ROPE_DIMS=4", dict(head_rank=64)),
+        ("HEAD_TYPE=untied HEAD_TRAINABLE=0", dict(head_trainable=False)),
+        ("HEAD_TYPE=wide TRAIN_ONLY=head", dict(train_only="head")),
+        ("HEAD_TYPE=untied HEAD_LR=0.5", dict(head_lr=0.5)),
+        ("HEAD_TYPE=mos HEAD_VARIANT=pr908 HEAD_LR=0.5", dict(head_lr=0.5)),
+    ],
+)
 def test_setting_at_the_edge_of_a_heads_range_is_accepted(env, expected):
     got = from_env(env_of(env))
     assert {name: getattr(got, name) for name in expected} == expected
@@ -436,9 +587,17 @@ def test_unset_rate_of_a_head_is_its_own_and_reaches_its_parameters(kind, rate, 
     resolved = from_env({name.upper(): str(value) for name, value in KINDS[kind].items()})
     assert getattr(resolved, rate) == (getattr(cls, rate) if rate in cls.uses else 0.0)
     trainer = start(kind, **{rate: 0.123})
-    rates = {id(p): group["base_lr"] for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
-    found = {rates[id(p)] for name, p in trainer.model.named_parameters()
-             if name.startswith("head.") and trainer.roles[name] == role}
+    rates = {
+        id(p): group["base_lr"]
+        for o in trainer.optimizers
+        for group in o.param_groups
+        for p in group["params"]
+    }
+    found = {
+        rates[id(p)]
+        for name, p in trainer.model.named_parameters()
+        if name.startswith("head.") and trainer.roles[name] == role
+    }
     needed = role in trainer.model.head.roles.values()
     assert found == ({0.123} if needed else set()) and (rate in cls.uses or not needed)
 
@@ -448,7 +607,11 @@ def test_unset_rate_of_a_head_is_its_own_and_reaches_its_parameters(kind, rate, 
 
 def test_readmes_example_of_a_new_head_trains():
     readme = (Path(train_gpt.__file__).parent / "README.md").read_text(encoding="utf-8")
-    blocks = [block for block in re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M) if "(Head)" in block]
+    blocks = [
+        block
+        for block in re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M)
+        if "(Head)" in block
+    ]
     if not blocks:
         pytest.skip("README.md has no ```python block with a class of (Head) yet")
     (example,) = blocks

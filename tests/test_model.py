@@ -13,15 +13,45 @@ from train_gpt import GPT, HEADS, Hyperparameters, Trainer, World
 
 BOS = 1
 SMALL = dict(
-    vocab_size=48, num_layers=5, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, bigram_vocab_size=40,
-    bigram_dim=16, ve_dim=8, ve_layers="2,4", xsa_last_n=2, train_seq_len=24, train_batch_tokens=96, head_rank=6,
-    head_dim=8, compile="0", compute_dtype="fp32")
+    vocab_size=48,
+    num_layers=5,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    rope_dims=4,
+    bigram_vocab_size=40,
+    bigram_dim=16,
+    ve_dim=8,
+    ve_layers="2,4",
+    xsa_last_n=2,
+    train_seq_len=24,
+    train_batch_tokens=96,
+    head_rank=6,
+    head_dim=8,
+    compile="0",
+    compute_dtype="fp32",
+)
 SWITCHES = [
-    dict(), dict(smear_gate=False), dict(bigram_hash=False), dict(value_embed=False), dict(ln_scale=False),
-    dict(use_ntk_rope=False), dict(train_seq_len=2048, train_batch_tokens=4096), dict(xsa_last_n=0),
-    dict(xsa_last_n=5), dict(rope_dims=0), dict(rope_dims=8), dict(num_kv_heads=4), dict(num_kv_heads=1),
-    dict(logit_softcap=0.0), dict(logit_softcap=2.0), dict(init_type="default"), dict(num_layers=4, ve_layers="1,3"),
-    dict(num_layers=2, ve_layers="0", xsa_last_n=1), dict(num_layers=1, ve_layers="0", xsa_last_n=1), dict(mlp_mult=1),
+    dict(),
+    dict(smear_gate=False),
+    dict(bigram_hash=False),
+    dict(value_embed=False),
+    dict(ln_scale=False),
+    dict(use_ntk_rope=False),
+    dict(train_seq_len=2048, train_batch_tokens=4096),
+    dict(xsa_last_n=0),
+    dict(xsa_last_n=5),
+    dict(rope_dims=0),
+    dict(rope_dims=8),
+    dict(num_kv_heads=4),
+    dict(num_kv_heads=1),
+    dict(logit_softcap=0.0),
+    dict(logit_softcap=2.0),
+    dict(init_type="default"),
+    dict(num_layers=4, ve_layers="1,3"),
+    dict(num_layers=2, ve_layers="0", xsa_last_n=1),
+    dict(num_layers=1, ve_layers="0", xsa_last_n=1),
+    dict(mlp_mult=1),
 ]
 each_switch = pytest.mark.parametrize("switch", SWITCHES, ids=str)
 
@@ -41,14 +71,18 @@ def random_model(settings, seed=0):
     for module in model.modules():
         for name, table in module.named_buffers(recurse=False):
             exact = (angles.cos() if table.flatten()[0] == 1 else angles.sin()).view_as(table)
-            torch.testing.assert_close(table, exact, rtol=0, atol=2e-4)  # tables are made in float32
+            torch.testing.assert_close(
+                table, exact, rtol=0, atol=2e-4
+            )  # tables are made in float32
             module.register_buffer(name, exact, persistent=False)
     return model
 
 
 def documents(settings, B=3, T=24, seed=0):
     """Tokens and targets with document starts at the beginning, inside, twice in a row, and at the end."""
-    tokens = torch.randint(2, settings.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        2, settings.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(seed)
+    )
     tokens[0, [0, 7, 8, T - 1]] = BOS
     tokens[1, 12] = BOS
     return tokens[:, :-1], tokens[:, 1:]
@@ -62,7 +96,9 @@ def rotary_angles(s):
     base = s.rope_base
     if s.use_ntk_rope and s.train_seq_len > 1024:
         base = base * (s.train_seq_len / 1024) ** (r / (r - 2))
-    return np.arange(s.train_seq_len)[:, None] * np.array([base ** (-2 * i / r) for i in range(r // 2)])
+    return np.arange(s.train_seq_len)[:, None] * np.array(
+        [base ** (-2 * i / r) for i in range(r // 2)]
+    )
 
 
 def rms(v):
@@ -91,9 +127,9 @@ def naive_attention(w, s, prefix, x, value, exclusive):
         keys = [rotate(rms(k[t, theirs]), angles[t]) for t in range(len(x))]
         for t in range(len(x)):
             query = rotate(rms(q[t, mine]), angles[t]) * w[f"{prefix}.q_gain"][h]
-            scores = np.array([query @ key for key in keys[:t + 1]]) / math.sqrt(C)
+            scores = np.array([query @ key for key in keys[: t + 1]]) / math.sqrt(C)
             p = np.exp(scores - scores.max())
-            out = (p / p.sum()) @ v[:t + 1, theirs]
+            out = (p / p.sum()) @ v[: t + 1, theirs]
             own = v[t, theirs]
             y[t, mine] = out - (out @ own) / (own @ own + 1e-7) * own if exclusive else out
     return y @ w[f"{prefix}.out.weight"].T
@@ -109,13 +145,19 @@ def naive_logits(w, s, tokens):
         x = np.stack([(1 - gate) * x[t] + (0 if first[t] else gate * x[t - 1]) for t in range(T)])
     x = x0 = rms(x)
     if s.bigram_hash:
-        rows = [s.bigram_vocab_size - 1 if first[t] else
-                (36313 * tokens[t] ^ 27191 * tokens[t - 1]) % (s.bigram_vocab_size - 1) for t in range(T)]
+        rows = [
+            s.bigram_vocab_size - 1
+            if first[t]
+            else (36313 * tokens[t] ^ 27191 * tokens[t - 1]) % (s.bigram_vocab_size - 1)
+            for t in range(T)
+        ]
         bigram = w["bigram.table.weight"][rows] @ w["bigram.proj.weight"].T
     value_layers = [int(text) for text in s.ve_layers.split(",")] if s.value_embed else []
     stored = {}
     for i in range(L):
-        partner = 2 * (L // 2) - 1 - i  # the stored layer that layer i takes back: 4 before 5, 3 before 6, ...
+        partner = (
+            2 * (L // 2) - 1 - i
+        )  # the stored layer that layer i takes back: 4 before 5, 3 before 6, ...
         if i >= L // 2 and partner >= 0:
             x = x + w["skip_weights"][i - L // 2] * stored[partner]
         if s.bigram_hash:
@@ -126,8 +168,12 @@ def naive_logits(w, s, tokens):
         value = None
         if i in value_layers:
             value = w["value_embed.table.weight"][tokens] @ w["value_embed.proj.weight"].T
-            value = value * w["value_embed.scale"] * w["value_embed.layer_scale"][value_layers.index(i)]
-        y = naive_attention(w, s, f"{b}.attn", rms(x) * damp, value, exclusive=i >= L - s.xsa_last_n)
+            value = (
+                value * w["value_embed.scale"] * w["value_embed.layer_scale"][value_layers.index(i)]
+            )
+        y = naive_attention(
+            w, s, f"{b}.attn", rms(x) * damp, value, exclusive=i >= L - s.xsa_last_n
+        )
         x = x + w[f"{b}.attn_scale"] * y
         hidden = np.maximum(rms(x) * damp @ w[f"{b}.mlp.up.weight"].T, 0) ** 2
         x = x + w[f"{b}.mlp_scale"] * (hidden @ w[f"{b}.mlp.down.weight"].T)
@@ -160,8 +206,8 @@ def test_a_token_changes_nothing_before_it(switch):
         changed = tokens.clone()
         changed[:, t] = 2 + (changed[:, t] + 1) % (s.vocab_size - 2)
         after = model.nll(changed[:, :-1], changed[:, 1:]).detach()
-        torch.testing.assert_close(after[:, :t - 1], before[:, :t - 1], rtol=0, atol=1e-12)
-        assert (after[:, t - 1:t + 1] != before[:, t - 1:t + 1]).all()
+        torch.testing.assert_close(after[:, : t - 1], before[:, : t - 1], rtol=0, atol=1e-12)
+        assert (after[:, t - 1 : t + 1] != before[:, t - 1 : t + 1]).all()
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -177,7 +223,9 @@ def test_no_head_sees_the_target(head):
     assert (after[:, 12:14] != before[:, 12:14]).all()
 
 
-@pytest.mark.parametrize("switch", [dict(), dict(smear_gate=False), dict(bigram_hash=False)], ids=str)
+@pytest.mark.parametrize(
+    "switch", [dict(), dict(smear_gate=False), dict(bigram_hash=False)], ids=str
+)
 def test_smear_gate_and_bigram_hash_stop_at_a_document_boundary(switch):
     model = random_model(small(**switch))
     for block in model.blocks:  # attention alone may look across documents
@@ -220,16 +268,23 @@ def test_called_as_reviewers_do_the_loss_is_a_scalar_near_ln_vocab(head, init):
 
 def initial(**changes):
     torch.manual_seed(0)
-    return {name: p.detach() for name, p in GPT(small(model_dim=64, num_layers=3, vocab_size=512, ve_dim=24,
-                                                      ve_layers="1,2", **changes)).named_parameters()}
+    return {
+        name: p.detach()
+        for name, p in GPT(
+            small(model_dim=64, num_layers=3, vocab_size=512, ve_dim=24, ve_layers="1,2", **changes)
+        ).named_parameters()
+    }
 
 
 RESIDUAL = ("attn.out.weight", "mlp.down.weight", "value_embed.proj.weight")
 
 
 def matrices(weights):
-    return {name: w for name, w in weights.items() if w.ndim == 2 and ("proj" in name or "blocks" in name)
-            and "resid_mix" not in name}
+    return {
+        name: w
+        for name, w in weights.items()
+        if w.ndim == 2 and ("proj" in name or "blocks" in name) and "resid_mix" not in name
+    }
 
 
 def test_ortho_matrices_are_orthogonal_and_damped_where_they_join_the_stream():
@@ -238,7 +293,9 @@ def test_ortho_matrices_are_orthogonal_and_damped_where_they_join_the_stream():
     for name, w in found.items():
         gain = 1 / math.sqrt(2 * 3) if name.endswith(RESIDUAL) else 1.0
         singular = torch.linalg.svdvals(w)
-        torch.testing.assert_close(singular, torch.full_like(singular, gain), rtol=1e-5, atol=0, msg=name)
+        torch.testing.assert_close(
+            singular, torch.full_like(singular, gain), rtol=1e-5, atol=0, msg=name
+        )
 
 
 def test_default_matrices_are_pytorchs_and_zero_where_they_join_the_stream():
@@ -247,7 +304,7 @@ def test_default_matrices_are_pytorchs_and_zero_where_they_join_the_stream():
             assert not w.any(), name
         else:  # uniform within 1 / sqrt(n_in)
             bound = w.size(1) ** -0.5
-            assert w.abs().max() <= bound and abs(w.std().item() * 3 ** 0.5 / bound - 1) < 0.05, name
+            assert w.abs().max() <= bound and abs(w.std().item() * 3**0.5 / bound - 1) < 0.05, name
 
 
 def test_initial_values_are_the_published_ones():
@@ -255,16 +312,30 @@ def test_initial_values_are_the_published_ones():
     assert abs(weights["tok_emb.weight"].std().item() / 0.005 - 1) < 0.03
     assert abs(weights["value_embed.table.weight"].std().item() / 0.01 - 1) < 0.03
     for name, w in weights.items():
-        constant = [value for end, value in [
-            ("smear.gate", 0.0), ("bigram.table.weight", 0.0), ("bigram.layer_scale", 0.05), ("q_gain", 1.5),
-            ("attn_scale", 1.0), ("mlp_scale", 1.0), ("skip_weights", 1.0), ("value_embed.scale", 0.1),
-            ("value_embed.layer_scale", 1.0)] if name.endswith(end)]
+        constant = [
+            value
+            for end, value in [
+                ("smear.gate", 0.0),
+                ("bigram.table.weight", 0.0),
+                ("bigram.layer_scale", 0.05),
+                ("q_gain", 1.5),
+                ("attn_scale", 1.0),
+                ("mlp_scale", 1.0),
+                ("skip_weights", 1.0),
+                ("value_embed.scale", 0.1),
+                ("value_embed.layer_scale", 1.0),
+            ]
+            if name.endswith(end)
+        ]
         if constant:
             assert (w == constant[0]).all(), name
         elif name.endswith("resid_mix"):
             assert (w[0] == 1).all() and (w[1] == 0).all(), name
         else:
-            assert name in matrices(weights) or name in ("tok_emb.weight", "value_embed.table.weight"), name
+            assert name in matrices(weights) or name in (
+                "tok_emb.weight",
+                "value_embed.table.weight",
+            ), name
 
 
 def test_embedding_std_and_query_gain_follow_their_settings():

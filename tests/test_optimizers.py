@@ -12,13 +12,30 @@ import train_gpt
 from train_gpt import GPT, HEADS, Muon, Trainer, World, newton_schulz, parameter_roles
 
 SMALL = dict(
-    vocab_size=40, num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, bigram_vocab_size=20,
-    bigram_dim=8, ve_dim=8, ve_layers="1", xsa_last_n=1, train_seq_len=12, train_batch_tokens=96, head_rank=4,
-    head_dim=8, compile="0", compute_dtype="fp32")
+    vocab_size=40,
+    num_layers=3,
+    model_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    rope_dims=4,
+    bigram_vocab_size=20,
+    bigram_dim=8,
+    ve_dim=8,
+    ve_layers="1",
+    xsa_last_n=1,
+    train_seq_len=12,
+    train_batch_tokens=96,
+    head_rank=4,
+    head_dim=8,
+    compile="0",
+    compute_dtype="fp32",
+)
 
 
 def small(preset="study", **changes):
-    return dataclasses.replace(train_gpt.from_env({"PRESET": preset, "DATA_PATH": "x"}), **{**SMALL, **changes})
+    return dataclasses.replace(
+        train_gpt.from_env({"PRESET": preset, "DATA_PATH": "x"}), **{**SMALL, **changes}
+    )
 
 
 class Ranks:
@@ -82,26 +99,50 @@ def test_every_parameter_is_in_exactly_one_group_with_the_rate_of_its_role(prese
     roles = parameter_roles(model)
     assert list(roles) == [name for name, _ in model.named_parameters()]
     optimizers = train_gpt.build_optimizers(model, s, ThreadWorld())
-    grouped = [(p, optimizer, group) for optimizer in optimizers for group in optimizer.param_groups
-               for p in group["params"]]
+    grouped = [
+        (p, optimizer, group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
     assert sorted(id(p) for p, _, _ in grouped) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
-    rates = dict(tied=s.tied_embed_lr, table=s.tied_embed_lr, matrix=s.matrix_lr, scalar=s.scalar_lr, vocab=HEADS[head].head_lr)
+    rates = dict(
+        tied=s.tied_embed_lr,
+        table=s.tied_embed_lr,
+        matrix=s.matrix_lr,
+        scalar=s.scalar_lr,
+        vocab=HEADS[head].head_lr,
+    )
     for p, optimizer, group in grouped:
         role = roles[names[id(p)]]
         assert isinstance(optimizer, Muon) == (role == "matrix"), names[id(p)]
         own = role == "matrix" and names[id(p)].startswith("head.")
-        assert group["lr"] == group["base_lr"] == (HEADS[head].head_matrix_lr if own else rates[role]), names[id(p)]
-        assert group["weight_decay"] == (s.muon_weight_decay if role == "matrix" else s.adam_wd), names[id(p)]
+        assert (
+            group["lr"] == group["base_lr"] == (HEADS[head].head_matrix_lr if own else rates[role])
+        ), names[id(p)]
+        assert group["weight_decay"] == (s.muon_weight_decay if role == "matrix" else s.adam_wd), (
+            names[id(p)]
+        )
 
 
 def test_roles_are_those_of_the_design():
     roles = parameter_roles(GPT(small(head_type="mos")))
     expected = {
-        "tok_emb.weight": "tied", "bigram.table.weight": "table", "value_embed.table.weight": "table",
-        "bigram.proj.weight": "matrix", "blocks.0.attn.q.weight": "matrix", "blocks.2.mlp.down.weight": "matrix",
-        "smear.gate": "scalar", "skip_weights": "scalar", "blocks.1.resid_mix": "scalar", "head.U_KDR": "matrix",
-        "head.V_KRD": "matrix", "head.gate_KD": "scalar", "head.gate_bias_K": "scalar"}
+        "tok_emb.weight": "tied",
+        "bigram.table.weight": "table",
+        "value_embed.table.weight": "table",
+        "bigram.proj.weight": "matrix",
+        "blocks.0.attn.q.weight": "matrix",
+        "blocks.2.mlp.down.weight": "matrix",
+        "smear.gate": "scalar",
+        "skip_weights": "scalar",
+        "blocks.1.resid_mix": "scalar",
+        "head.U_KDR": "matrix",
+        "head.V_KRD": "matrix",
+        "head.gate_KD": "scalar",
+        "head.gate_bias_K": "scalar",
+    }
     assert {name: roles[name] for name in expected} == expected
     for head in HEADS:  # an embedding that makes no logits is a table
         role = "table" if head in ("untied", "factorized", "simplex") else "tied"
@@ -146,16 +187,22 @@ def test_a_parameter_that_no_gradient_reaches_is_named_at_the_first_step(monkeyp
 # ---- Muon ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(64, 16), (16, 64), (96, 48), (5, 40, 20), (3, 12, 48), (2, 3, 8, 32)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64, 16), (16, 64), (96, 48), (5, 40, 20), (3, 12, 48), (2, 3, 8, 32)], ids=str
+)
 def test_newton_schulz_brings_singular_values_near_one_and_treats_matrices_alone(shape):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     X = newton_schulz(G * 7, torch.float32)
     singular = torch.linalg.svdvals(X)
     assert X.shape == G.shape and singular.min() > 0.6 and singular.max() < 1.3
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-    assert ((U @ Vh - X).square().sum() / X.square().sum()).sqrt() < 0.35  # the orthogonal factor of G itself
+    assert (
+        (U @ Vh - X).square().sum() / X.square().sum()
+    ).sqrt() < 0.35  # the orthogonal factor of G itself
     if len(shape) > 2:
-        alone = torch.stack([newton_schulz(g, torch.float32) for g in (G * 7).flatten(0, -3)]).view(shape)
+        alone = torch.stack([newton_schulz(g, torch.float32) for g in (G * 7).flatten(0, -3)]).view(
+            shape
+        )
         torch.testing.assert_close(X, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -173,14 +220,18 @@ def steps(make, shapes, count=5):
     optimizer = make(params)
     for _ in range(count):
         for p in params:
-            p.grad = torch.randn(p.shape, generator=g) * 10 ** torch.empty(1).uniform_(-2, 2, generator=g)
+            p.grad = torch.randn(p.shape, generator=g) * 10 ** torch.empty(1).uniform_(
+                -2, 2, generator=g
+            )
         optimizer.step()
     return [p.detach() for p in params]
 
 
 def ours(world=None, **options):
     options = dict(lr=0.05, momentum=0.9, weight_decay=0.3) | options
-    return lambda params: Muon([dict(params=params)], world or ThreadWorld(), torch.float32, **options)
+    return lambda params: Muon(
+        [dict(params=params)], world or ThreadWorld(), torch.float32, **options
+    )
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
@@ -188,17 +239,30 @@ def ours(world=None, **options):
 def test_muon_equals_pytorchs_at_constant_momentum(monkeypatch, weight_decay):
     import torch.optim._muon as reference
 
-    monkeypatch.setattr(reference, "_zeropower_via_newtonschulz", lambda G, *_: newton_schulz(G, torch.float32))
+    monkeypatch.setattr(
+        reference, "_zeropower_via_newtonschulz", lambda G, *_: newton_schulz(G, torch.float32)
+    )
     shapes = [(8, 8), (24, 6), (6, 24), (24, 6), (40, 4)]
     found = steps(ours(weight_decay=weight_decay), shapes)
-    expected = steps(lambda params: torch.optim.Muon(params, lr=0.05, momentum=0.9, weight_decay=weight_decay), shapes)
+    expected = steps(
+        lambda params: torch.optim.Muon(params, lr=0.05, momentum=0.9, weight_decay=weight_decay),
+        shapes,
+    )
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_muon_over_several_ranks_equals_one_rank(size):
-    shapes = [(8, 8), (24, 6), (8, 8), (8, 8), (3, 6, 4), (8, 8), (8, 8)]  # 5 + 1 + 3 matrices: not divisible
+    shapes = [
+        (8, 8),
+        (24, 6),
+        (8, 8),
+        (8, 8),
+        (3, 6, 4),
+        (8, 8),
+        (8, 8),
+    ]  # 5 + 1 + 3 matrices: not divisible
     expected = steps(ours(), shapes)
     for found in Ranks(size).run(lambda world: steps(ours(world), shapes)):
         for a, b in zip(found, expected):
@@ -244,7 +308,9 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     x, y = batch()
     whole = gradient(trainer(double=True, grad_clip_norm=0.0), [(x, y)])
     for size in (1, 2, 4):
-        parts = gradient(trainer(double=True, grad_clip_norm=0.0), list(zip(x.split(size), y.split(size))))
+        parts = gradient(
+            trainer(double=True, grad_clip_norm=0.0), list(zip(x.split(size), y.split(size)))
+        )
         assert parts[0] == pytest.approx(whole[0], rel=1e-6)
         torch.testing.assert_close(parts[1], whole[1], rtol=1e-9, atol=1e-13)
 
@@ -275,14 +341,21 @@ def test_the_whole_gradient_is_clipped_by_its_norm():
 
 def test_learning_rate_scale_and_momentum_warm_up_reach_every_group():
     t = trainer(muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=10)
-    for index, scale, momentum in [(0, 1.0, 0.85), (5, 0.5, 0.90), (10, 0.25, 0.95), (99, 0.125, 0.95)]:
+    for index, scale, momentum in [
+        (0, 1.0, 0.85),
+        (5, 0.5, 0.90),
+        (10, 0.25, 0.95),
+        (99, 0.125, 0.95),
+    ]:
         t.steps = index
         t.step([batch()], scale)
         assert t.steps == index + 1
         for optimizer in t.optimizers:
             for group in optimizer.param_groups:
                 assert group["lr"] == group["base_lr"] * scale
-                assert not isinstance(optimizer, Muon) or group["momentum"] == pytest.approx(momentum)
+                assert not isinstance(optimizer, Muon) or group["momentum"] == pytest.approx(
+                    momentum
+                )
 
 
 def test_a_learning_rate_scale_of_zero_changes_nothing_and_gradients_do_not_pile_up():
@@ -311,7 +384,13 @@ def test_adam_moves_by_its_own_rates_and_settings():
     t = trainer(grad_clip_norm=0.0, adam_wd=0.1, tied_embed_lr=0.02, scalar_lr=0.03)
     before = {name: p.detach().clone() for name, p in t.model.named_parameters()}
     t.step([batch()], 0.5)
-    for name, rate in [("tok_emb.weight", 0.01), ("skip_weights", 0.015), ("blocks.0.attn.q_gain", 0.015)]:
+    for name, rate in [
+        ("tok_emb.weight", 0.01),
+        ("skip_weights", 0.015),
+        ("blocks.0.attn.q_gain", 0.015),
+    ]:
         p = dict(t.model.named_parameters())[name]
         move = (p - before[name] * (1 - rate * 0.1)).abs()
-        assert move.max().item() == pytest.approx(rate, rel=1e-2) and move.median().item() > 0.9 * rate, name
+        assert (
+            move.max().item() == pytest.approx(rate, rel=1e-2) and move.median().item() > 0.9 * rate
+        ), name
