@@ -1,0 +1,26 @@
+"""One line of results.jsonl: `python record.py ROW RUN_FOLDER`, the run's submission.json with only the settings that differ
+from the defaults, and the measured rank of its log-probabilities where MODE=eval EVAL_SPECTRUM=1 has left it."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, ".")
+import train_gpt  # noqa: E402
+
+row, folder = sys.argv[1], Path(sys.argv[2])
+result = json.loads((folder / "submission.json").read_text())
+defaults = asdict(train_gpt.Hyperparameters())
+settings = {name: value for name, value in result["settings"].items() if defaults[name] != value}
+for name in ("author", "github_id", "track", "blurb", "name"):
+    result.pop(name)
+
+for line in (folder / "metrics.jsonl").read_text().splitlines():
+    record = json.loads(line)
+    if record["kind"] == "spectrum":
+        result["spectrum"] = {
+            name: record[name] for name in record if name not in ("kind", "split")
+        }
+
+print(json.dumps({"row": row, **result, "settings": settings}))
