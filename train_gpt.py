@@ -1,4 +1,4 @@
-"""Train a small GPT with a chosen output head, pack it under 16,000,000 bytes, score it in bits per byte.
+"""Train a small GPT with a chosen output head, pack it in 16,000,000 bytes, score it: bits per byte.
 
 One script, in the style of OpenAI's parameter-golf challenge, built to answer one question: does an
 output head of higher rank than the tied softmax earn its bytes and its time?  Everything is chosen
@@ -50,6 +50,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -97,6 +98,8 @@ model_setting = functools.partial(setting, scope="model")
 eval_setting = functools.partial(setting, scope="eval")
 free_setting = functools.partial(setting, scope="free")
 
+KERNELS = ("fa3", "cudnn", "flash", "efficient", "math")  # of attention, fastest first
+
 
 # fmt: off
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Hyperparameters:
 
     # Mode
     mode: str = free_setting("train", "what to do", choices=("train", "eval", "table", "bench"))
-    preset: str = setting("study", "defaults: study A's, study B's, a CPU's", choices=("study", "pilot", "demo"))
+    preset: str = setting("study", "defaults: study A's, study B's, the strongest published, a CPU's", choices=("study", "pilot", "best", "demo"))
     run_id: str = free_setting("", "folder under runs/; empty: time, head and seed")
     seed: int = setting(1337, "seed of the initial weights", high=2**32 - 1)
     author: str = free_setting("", "author named in submission.json")
@@ -123,13 +126,20 @@ class Hyperparameters:
     num_heads: int = model_setting(8, "query heads", 1, 1024)
     num_kv_heads: int = model_setting(4, "key-value heads; each serves NUM_HEADS / NUM_KV_HEADS query heads", 1, 1024)
     mlp_mult: int = model_setting(3, "hidden width of the MLP over MODEL_DIM", 1, 64)
-    rope_base: float = model_setting(10000.0, "base of the rotary frequencies", 1)
+    mlp_slope: float = model_setting(0.0, "the MLP's activation is leaky_relu(x, MLP_SLOPE)^2", high=1)
     rope_dims: int = model_setting(16, "rotated channels of a head; 0: all")
     use_ntk_rope: bool = model_setting(True, "raise the rotary base for TRAIN_SEQ_LEN above 1024")
     qk_gain_init: float = model_setting(1.5, "initial gain of the normed queries")
     xsa_last_n: int = model_setting(4, "last layers whose attention output drops its own value direction")
+    attn_window: int = model_setting(0, "keys that a query of the first ATTN_WINDOW_LAYERS sees, its own included; 0: all")
+    attn_window_layers: int = model_setting(8, "layers with windows, where ATTN_WINDOW is set")
+    skip_gates: bool = model_setting(False, "skips are mixed in by learned gates instead of added")
+    loop_layers: str = model_setting("", "neighbouring layers that run twice, from 0, separated by commas; empty: none")
+    loop_start_frac: float = setting(0.5, "share of training from which LOOP_LAYERS run twice", high=0.99)
+    parallel_from: int = model_setting(1000, "first layer from which attention and MLP work on two lanes; NUM_LAYERS or more: none")
     smear_gate: bool = model_setting(True, "blend each embedding with the token before")
-    bigram_hash: bool = model_setting(True, "add a hashed bigram embedding before each layer")
+    bigram_hash: bool = model_setting(True, "add a hashed bigram embedding")
+    bigram_at: str = model_setting("layers", "where: before each layer, or once, at the input", choices=("layers", "input"))
     bigram_vocab_size: int = model_setting(2048, "rows of the bigram table", 2)
     bigram_dim: int = model_setting(128, "width of the bigram table", 1, 65536)
     ln_scale: bool = model_setting(True, "scale the norms of layer i by 1 / sqrt(i + 1)")
@@ -153,6 +163,7 @@ class Hyperparameters:
 
     # Training length
     train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", 1)
+    shuffle: bool = setting(False, "a new order of the sequences in each pass over the data; 0: the files' order")
     train_seq_len: int = model_setting(2048, "tokens a sequence, in training and evaluation", 1, 2**24)
     micro_batch_tokens: int = setting(0, "tokens of one forward pass on one rank; 0: 131072 on CUDA, else 4096")
     iterations: int = setting(20000, "steps at most; 0: export and score the untrained model")
@@ -165,7 +176,7 @@ class Hyperparameters:
     checkpoint_seconds: float = free_setting(0.0, "seconds between checkpoints; 0: at signals and at the end only")
     compute_dtype: str = eval_setting("auto", "of products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
     compile: str = eval_setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
-    use_fa3: bool = eval_setting(False, "flash-attention 3 (package flash_attn_interface) on CUDA; off: PyTorch's SDPA")
+    attn_backend: str = setting("auto", "attention kernel on CUDA; auto: the first of these that runs", choices=("auto", *KERNELS))
 
     # Optimizers
     matrix_lr: float = setting(0.025, "Muon's learning rate: matrices of the trunk")
@@ -177,10 +188,9 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at step 0", high=0.9999)
     muon_momentum_warmup_steps: int = setting(1500, "steps of the momentum's warm-up")
     muon_weight_decay: float = setting(0.04, "decoupled weight decay of Muon")
+    muon_row_norm: bool = setting(False, "bring the rows of Muon's update to one norm before it is orthogonalised")
     adam_wd: float = setting(0.04, "decoupled weight decay of Adam")
-    beta1: float = setting(0.9, "Adam's first decay", high=0.9999)
-    beta2: float = setting(0.95, "Adam's second decay", high=0.9999999)
-    adam_eps: float = setting(1e-8, "Adam's epsilon", 1e-20)
+    scalar_wd: float = setting(-1.0, "the same for scales, gains, gates, biases; below 0: ADAM_WD", -1)
     grad_clip_norm: float = setting(0.3, "largest norm of the whole gradient; 0: no clipping")
     use_ema: bool = setting(True, "export the exponential moving average of the weights")
     ema_alpha: float = setting(0.997, "the average's decay a step, min(EMA_ALPHA, (1 + t) / (10 + t))", high=0.999999)
@@ -225,6 +235,12 @@ PRESETS = dict(
         SCALAR_LR=0.04 TIED_EMBED_LR=0.05 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85
         MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WEIGHT_DECAY=0 ADAM_WD=0 GRAD_CLIP_NORM=0 USE_EMA=0 LATE_QAT=0 EVAL_STRIDE=0
     """),
+    best=pairs("""
+        MLP_MULT=4 MLP_SLOPE=0.5 QK_GAIN_INIT=5 USE_NTK_ROPE=0 XSA_LAST_N=11 SKIP_GATES=1 LOOP_LAYERS=4,5 PARALLEL_FROM=7
+        BIGRAM_AT=input BIGRAM_VOCAB_SIZE=1536 BIGRAM_DIM=112 SHUFFLE=1 WARMDOWN_ITERS=1000000 WARMDOWN_FRAC=0.667
+        MATRIX_LR=0.02 SCALAR_LR=0.02 TIED_EMBED_LR=0.03 MUON_ROW_NORM=1 MUON_WEIGHT_DECAY=0.09 ADAM_WD=0.09
+        SCALAR_WD=0.02 EMA_ALPHA=0.9965 LATE_QAT=0
+    """),
     demo=pairs("""
         DATA_PATH=demo MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 BIGRAM_DIM=32 VE_DIM=32 TRAIN_BATCH_TOKENS=4096
         TRAIN_SEQ_LEN=256 MAX_WALLCLOCK_SECONDS=75 WARMUP_STEPS=0 WARMDOWN_ITERS=100000 WARMDOWN_FRAC=0.5
@@ -236,20 +252,19 @@ PRESETS = dict(
 # Published names. Constants have one implemented behaviour and are accepted at that value only.
 PUBLISHED_CONSTANTS = pairs("""
     TIE_EMBEDDINGS=1 EMA_FROM_INIT=1 USE_QAT=0 GRAD_GUIDED_QUANT=0 SKIP_QUANT=0 QAT_BITS=6 QUANT_BITS_MIDDLE=6
-    QUANT_BITS_MLP=6 MUON_BACKEND_STEPS=5 FLASH_ATTN_BACKEND=fa3 FLASH_ATTN_STRICT=1 FLASH_ATTN_ARCH_LIST=9.0
+    QUANT_BITS_MLP=6 MUON_BACKEND_STEPS=5 ROPE_BASE=10000.0 BETA1=0.9 BETA2=0.95 ADAM_EPS=1e-8
+    FLASH_ATTN_BACKEND=fa3 FLASH_ATTN_STRICT=1 FLASH_ATTN_ARCH_LIST=9.0
 """)
 ALIASES = pairs("""
     MIXTURE_SOFTMAX_K=HEAD_K MIXTURE_RANK_DIM=HEAD_RANK SIMPLEX_DIM=HEAD_DIM MOS_K=HEAD_K MOS_RANK=HEAD_RANK
 """)
 HEAD_WORDS = dict(standard="tied", mixture_softmax="mos")
 STUDY_B = ("USE_MOS", "MOS_K", "MOS_RANK")
-SWITCHES = ("RANK_DIM", "USE_MOS", "SKIP_COMPILE")  # read by `translate`
+SWITCHES = ("RANK_DIM", "USE_MOS", "SKIP_COMPILE", "USE_FA3")  # read by `translate`
 # fmt: on
 
 FIELDS = {f.name.upper(): f for f in fields(Hyperparameters) if f.metadata}
 SCOPES = {f.name: f.metadata["scope"] for f in FIELDS.values()}
-
-
 MODE_OF = dict(ARTIFACT="eval", EVAL_SPECTRUM="eval", RUNS="table", INIT_FROM="train")
 READERS = {  # by type: text to value, and what the text must be
     str: (str, "be text"),
@@ -261,7 +276,9 @@ READERS = {  # by type: text to value, and what the text must be
 
 def as_text(value):
     """A setting's value as its environment variable would hold it."""
-    return str(int(value) if isinstance(value, bool) else value)
+    if isinstance(value, bool):
+        value = int(value)
+    return str(value)
 
 
 def convert(name, text, kind):
@@ -282,20 +299,21 @@ def parse(name, text, source):
     value = convert(source, text, FIELDS[name].type)
     if isinstance(value, str) or low <= value <= high:
         return value
-    bound = f"at least {low}" if value < low else f"at most {high}"
-    raise UserError(f"{source}={text}: must be {bound}")
+    if value < low:
+        raise UserError(f"{source}={text}: must be at least {low}")
+    raise UserError(f"{source}={text}: must be at most {high}")
 
 
 def check_choice(source, text, choices):
     if text not in choices:
-        near = difflib.get_close_matches(text, choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = ""
+        for near in difflib.get_close_matches(text, choices, n=1):
+            hint = f"; did you mean {near}?"
         raise UserError(f"{source}={text}: must be one of {', '.join(choices)}{hint}")
 
 
 def check_names(environ):
-    """UserError for a variable that looks misspelt, or for a published one that is not
-    implemented."""
+    """UserError for a variable that looks misspelt or is not implemented."""
     known = {*FIELDS, *PUBLISHED_CONSTANTS, *ALIASES, *SWITCHES}
     if environ.get("ALLOW_NEAR_MISSES") != "1":
         for name in sorted(environ.keys() - known):
@@ -342,6 +360,8 @@ def translate(environ):
     said += [(alias, name, environ.get(alias)) for alias, name in ALIASES.items()]
     if convert("SKIP_COMPILE", environ.get("SKIP_COMPILE", "0"), bool):
         said.append(("SKIP_COMPILE", "COMPILE", "0"))
+    if convert("USE_FA3", environ.get("USE_FA3", "0"), bool):
+        said.append(("USE_FA3", "ATTN_BACKEND", "fa3"))
     said += [(name, name, environ.get(name)) for name in FIELDS if name != "HEAD_TYPE"]
 
     given = {}
@@ -359,26 +379,29 @@ def translate(environ):
 def from_env(environ, stored=MappingProxyType({})):
     """Settings from variables, then from an artifact's, then the preset's, then the fields'.
 
-    MODE=eval takes all that the artifact stores, a run with INIT_FROM only the trunk's. The stored
-    trunk's cannot be contradicted. UserError names variable, value and remedy.
+    MODE=eval takes all that the artifact stores, a run with INIT_FROM only the trunk's. The model
+    that is taken cannot be contradicted. UserError names variable, value and remedy.
     """
     given = translate(environ)
     values = {name: parse(name, text, source) for name, (source, text) in given.items()}
 
     # the artifact's
+    scoring = environ.get("MODE") == "eval"
     for name, value in stored.items():
         variable = name.upper()
-        trunk = SCOPES[name] == "model" and not name.startswith("head_")
-        if trunk and values.get(variable, value) != value:
+        fixed = SCOPES[name] == "model" and (scoring or not name.startswith("head_"))
+        if fixed and values.get(variable, value) != value:
             source, text = given[variable]
             raise UserError(
                 f"{source}={text}: the artifact has {variable}={as_text(value)}; leave it unset"
             )
-        if trunk or environ.get("MODE") == "eval":
+        if fixed or scoring:
             values.setdefault(variable, value)
 
     # the preset's: chosen, or implied
-    implied = "pilot" if environ.keys() & set(STUDY_B) else "study"
+    implied = "study"
+    if environ.keys() & set(STUDY_B):
+        implied = "pilot"
     if environ.get("DATA_PATH") == "demo":
         implied = "demo"
     for name, text in PRESETS[values.setdefault("PRESET", implied)].items():
@@ -391,20 +414,32 @@ def from_env(environ, stored=MappingProxyType({})):
     return s
 
 
-def value_layers(s):
-    """The layers that get a value embedding, ascending; UserError where VE_LAYERS names no such
-    layer."""
-    if not s.value_embed:
-        return []
+def layer_list(s, name, remedy):
+    """The layers that a setting names, ascending; UserError where it names none of the model's."""
     try:
-        layers = sorted({int(text) for text in s.ve_layers.split(",")})
+        layers = sorted({int(text) for text in getattr(s, name.lower()).split(",")})
     except ValueError:
         layers = [-1]
     if layers[0] < 0 or layers[-1] >= s.num_layers:
-        raise s.wrong(
-            "VE_LAYERS", f"be layers in 0..{s.num_layers - 1} between commas; or set VALUE_EMBED=0"
-        )
+        raise s.wrong(name, f"be layers in 0..{s.num_layers - 1} between commas; or {remedy}")
     return layers
+
+
+def value_layers(s):
+    """The layers with a value embedding, ascending."""
+    return layer_list(s, "VE_LAYERS", "set VALUE_EMBED=0") if s.value_embed else []
+
+
+def layer_order(s):
+    """The layers as they run: LOOP_LAYERS twice in a row."""
+    order = list(range(s.num_layers))
+    if not s.loop_layers:
+        return order
+    loop = layer_list(s, "LOOP_LAYERS", "leave it empty")
+    after = loop[-1] + 1
+    if loop != order[loop[0] : after]:
+        raise s.wrong("LOOP_LAYERS", "be neighbours")
+    return [*order[:after], *loop, *order[after:]]
 
 
 def check(s):
@@ -423,6 +458,7 @@ def check(s):
     fits = rotated % 2 == 0 and least <= rotated <= width
     need(fits, "ROPE_DIMS", f"be even, at least {least} (with USE_NTK_ROPE) and at most {width}")
     value_layers(s)
+    layer_order(s)
 
     # batches and windows
     whole = s.mode == "eval" or s.train_batch_tokens % T == 0
@@ -432,7 +468,6 @@ def check(s):
     need(s.eval_stride <= T, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={T}")
 
     # kernels, codecs, paths
-    need(not s.use_fa3 or s.compute_dtype != "fp32", "COMPUTE_DTYPE", "be bf16 with USE_FA3=1")
     codec = s.compress_algo == "zlib" or zstandard
     need(codec, "COMPRESS_ALGO", "be zlib, or the package zstandard be installed")
     need(s.data_path, "DATA_PATH", "name a folder of shards, or be `demo`")
@@ -460,8 +495,10 @@ class Interrupted(Exception):
 
 @contextmanager
 def blaming(what, damaged=""):
-    """Inside, the system's errors become a UserError about `what`; and so does any error, if it
-    would mean `damaged`."""
+    """Inside, the system's errors become a UserError about `what`.
+
+    Any other error, too, where it would mean that `what` is `damaged`.
+    """
     try:
         yield
     except OSError as error:
@@ -483,15 +520,18 @@ def in_words(error):
         return f"torch.compile fails here ({text[:200]}); set COMPILE=0"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or text}"
-    return text if isinstance(error, UserError) else None
+    if isinstance(error, UserError):
+        return text
+    return None
 
 
 class World:
-    """Rank, size and device; the few collectives that the program needs; the signals that end it."""
+    """Rank, size and device; the collectives that the program needs; the signals that end it."""
 
     def __init__(self, environ=MappingProxyType({})):
         """One process on the CPU or the first GPU, or the place that torchrun's variables name."""
         self.signal, self.signalled = 0, math.inf
+        self.say = functools.partial(print, flush=True)  # a run's log, where there is one
         self.rank = convert("RANK", environ.get("RANK", "0"), int)
         self.size = convert("WORLD_SIZE", environ.get("WORLD_SIZE", "1"), int)
         self.local_rank = convert("LOCAL_RANK", environ.get("LOCAL_RANK", "0"), int)
@@ -512,16 +552,17 @@ class World:
             )
         self.device = torch.device("cuda", self.local_rank) if gpus else torch.device("cpu")
 
-    def start(self):
-        """Join the process group, NCCL for CUDA tensors and gloo for CPU tensors; listen to
-        signals."""
-        backend = "gloo"
+    def use_device(self):
+        """Make the GPU this thread's own; elsewhere nothing."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            backend = "cpu:gloo,cuda:nccl"
+
+    def start(self):
+        """Join the process group (NCCL for CUDA tensors, gloo for others); listen to signals."""
+        self.use_device()
         if self.size > 1:
             try:
-                self.meet(backend)
+                self.meet()
             except (OSError, TypeError, ValueError, RuntimeError) as error:
                 raise UserError(
                     f"WORLD_SIZE={self.size}: "
@@ -531,7 +572,8 @@ class World:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.receive)
 
-    def meet(self, backend):
+    def meet(self):
+        backend = dict(cuda="cpu:gloo,cuda:nccl", cpu="gloo")[self.device.type]
         store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
         store.set_timeout(MEETING)
         facts = dict(store=store, rank=rank, world_size=size, timeout=HANG)
@@ -539,8 +581,7 @@ class World:
         dist.all_reduce(torch.zeros(1, device=self.device))  # NCCL starts now, not in step 1
 
     def receive(self, number, frame):
-        """A signal is noted; the loop looks at it once a step. On one process a second one stops
-        at once."""
+        """Note a signal; the loop looks at it once a step. Alone, a second one stops at once."""
         if time.monotonic() - self.signalled > 2:  # sooner, it is torchrun that repeats the first
             os._exit(128 + number)
         self.signal, self.signalled = number, min(self.signalled, time.monotonic())
@@ -569,8 +610,9 @@ class World:
 
         It travels between CPUs: the GPU is not waited for.
         """
-        clock = seconds if self.rank == 0 else 0.0
-        message = torch.tensor([clock, self.signal], dtype=torch.float64)
+        if self.rank > 0:
+            seconds = 0.0
+        message = torch.tensor([seconds, self.signal], dtype=torch.float64)
         self.collective(dist.all_reduce, message, dist.ReduceOp.MAX)
         return message[0].item(), int(message[1])
 
@@ -587,9 +629,11 @@ class World:
 
     def gather(self, part):
         """The ranks' equally shaped parts, concatenated along the first dimension in rank order."""
+        if self.size == 1:
+            return part
         parts = [torch.empty_like(part) for _ in range(self.size)]
         self.collective(dist.all_gather, parts, part)
-        return torch.cat(parts) if self.size > 1 else part
+        return torch.cat(parts)
 
     def average(self, tensors):
         """Mean over ranks of many tensors, in place, in one message."""
@@ -597,14 +641,23 @@ class World:
             flat = self.sum(nn.utils.parameters_to_vector(tensors)).div_(self.size)
             nn.utils.vector_to_parameters(flat, tensors)
 
+    def progress(self, what, done, total):
+        """In a long stretch, every 30 seconds a line that says how far it is. Starts with done = 0."""
+        now = time.monotonic()
+        if done == 0:
+            self.began = self.spoke = now
+        if now - self.spoke > 30:
+            left = (now - self.began) / done * (total - done)
+            self.say(f"{what}: {done} of {total}, eta:{left:.0f}s")
+            self.spoke = now
+
     def hardware(self):
         if self.device.type == "cpu":
             return f"{self.size} x CPU {os.uname().machine}, {torch.get_num_threads()} threads"
         return f"{self.size} x {torch.cuda.get_device_name(self.device)}"
 
     def peak_memory(self):
-        """The log line: peak MiB allocated and reserved of the GPU, or of this process (twice the
-        same)."""
+        """The log line: peak MiB allocated and reserved of the GPU, or resident of this process."""
         import resource  # Unix only; importing this file needs none
 
         allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -614,19 +667,21 @@ class World:
         return f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB"
 
     def compute_dtype(self, s):
-        """bf16 where the chip multiplies it fast (CUDA, AMX, AVX512-BF16), else float32; or
-        COMPUTE_DTYPE's."""
-        fast = self.device.type == "cuda"
-        if hasattr(torch.cpu, "get_capabilities"):  # not in every torch
+        """COMPUTE_DTYPE; auto is bf16 where the chip multiplies it fast, else float32."""
+        fast = False
+        if self.device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif hasattr(torch.cpu, "get_capabilities"):  # not in every torch
             chip = torch.cpu.get_capabilities()
-            fast = fast or chip.get("amx_bf16") or chip.get("avx512_bf16")
+            fast = chip.get("amx_bf16") or chip.get("avx512_bf16")
         auto = torch.bfloat16 if fast else torch.float32
         return dict(auto=auto, bf16=torch.bfloat16, fp32=torch.float32)[s.compute_dtype]
 
     def compiled(self, function, s):
         """The function compiled, where COMPILE says so, as one graph of static shapes."""
-        wanted = s.compile == "1" or s.compile == "auto" and self.device.type == "cuda"
-        return torch.compile(function, dynamic=False, fullgraph=True) if wanted else function
+        if s.compile == "0" or s.compile == "auto" and self.device.type == "cpu":
+            return function
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 # ---- Data: shards, the batch stream, the demo corpus ---------------------------------------------
@@ -651,8 +706,10 @@ def write_whole(path, data):
 
 
 def count_tokens(path):
-    """Tokens of a shard: 256 little-endian int32 (magic, version, count, zeros), then uint16
-    tokens."""
+    """Tokens of a shard; UserError where it is damaged.
+
+    A shard is 256 little-endian int32 (magic, version, count, zeros), then uint16 tokens.
+    """
     with blaming(f"{path}: cannot be read"):
         header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
     if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
@@ -678,7 +735,7 @@ def write_shard(path, tokens):
 
 
 class Shards:
-    """All tokens of one split as one endless sequence: after the last token comes the first again."""
+    """All tokens of one split as an endless sequence: after the last comes the first again."""
 
     def __init__(self, folder, split, vocab_size):
         self.variable, self.vocab_size = f"DATA_PATH={folder}", vocab_size
@@ -692,13 +749,13 @@ class Shards:
             )
         self.counts = [count_tokens(path) for path in self.paths]
         self.starts = np.cumsum([0, *self.counts])
+        self.shuffled_pass, self.permutation = -1, None
 
     def __len__(self):
         return int(self.starts[-1])
 
     def take(self, start, count):
-        """Tokens start .. start + count - 1 (int64), wrapping; UserError for an id outside the
-        vocabulary."""
+        """Tokens start .. start + count - 1 (int64), wrapping; UserError for a bad id."""
         chunks = []
         while count > 0:
             start %= len(self)
@@ -722,8 +779,22 @@ class Shards:
             )
         return tokens
 
+    def shuffled(self, sequence, T, seed):
+        """The place in file order of a sequence of T tokens of the endless shuffled stream.
+
+        Each pass over the data has a permutation of its own.
+        """
+        count = (len(self) - 1) // T
+        if count == 0:
+            raise UserError(f"{self.variable}: has not one whole sequence of {T} tokens")
+        whole_pass, place = divmod(sequence, count)
+        if self.shuffled_pass != whole_pass:
+            self.permutation = np.random.default_rng([seed, whole_pass]).permutation(count)
+            self.shuffled_pass = whole_pass
+        return int(self.permutation[place])
+
     def fingerprint(self, val_N):
-        """SHA-256 that tells data apart: this split's length and ends, and all validation tokens."""
+        """SHA-256 that tells data apart: this split's length and ends, all validation tokens."""
         digest = hashlib.sha256(f"{len(self)} ".encode())
         digest.update(self.take(len(self) - 32768, 65536).tobytes())
         digest.update(val_N.cpu().numpy().tobytes())
@@ -731,8 +802,7 @@ class Shards:
 
 
 def micro_batch_sequences(s, world):
-    """Sequences of one forward pass on one rank: the largest divisor of its share within
-    MICRO_BATCH_TOKENS."""
+    """Sequences of a forward pass: the largest divisor of a rank's share in MICRO_BATCH_TOKENS."""
     n, T = s.train_batch_tokens, s.train_seq_len
     share, rest = divmod(n // T, world.size)
     if rest:
@@ -740,7 +810,7 @@ def micro_batch_sequences(s, world):
             "TRAIN_BATCH_TOKENS",
             f"be a multiple of {world.size * T}, whole sequences for {world.size} ranks",
         )
-    default = 131072 if world.device.type == "cuda" else 4096
+    default = dict(cuda=131072, cpu=4096)[world.device.type]
     B = max(1, min(share, (s.micro_batch_tokens or default) // T))
     while share % B:
         B -= 1
@@ -748,14 +818,23 @@ def micro_batch_sequences(s, world):
 
 
 def train_batch(shards, step, s, world):
-    """This rank's micro-batches (x_BT, y_BT): step s trains on the targets s n + 1 .. (s + 1) n,
-    for any world."""
-    n, T, B = s.train_batch_tokens, s.train_seq_len, micro_batch_sequences(s, world)
-    tokens = torch.from_numpy(shards.take(step * n, n + 1))
-    pair = torch.stack((tokens[:-1], tokens[1:])).view(2, -1, T).chunk(world.size, 1)[world.rank]
+    """This rank's micro-batches (x_BT, y_BT) of a step.
+
+    Step s trains on the targets s n + 1 .. (s + 1) n of the shards, for any number of ranks.
+    """
+    T, count = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
+    share = range(count)[world.rank * count // world.size : (world.rank + 1) * count // world.size]
+    rows = []
+    for sequence in share:
+        place = step * count + sequence
+        if s.shuffle:
+            place = shards.shuffled(place, T, s.seed)
+        rows.append(shards.take(place * T, T + 1))
+    tokens = torch.from_numpy(np.stack(rows))
     if world.device.type == "cuda":  # the copy is not waited for
-        pair = pair.pin_memory().to(world.device, non_blocking=True)
-    return [part.unbind() for part in pair.split(B, 1)]
+        tokens = tokens.pin_memory().to(world.device, non_blocking=True)
+    B = micro_batch_sequences(s, world)
+    return [(part[:, :-1], part[:, 1:]) for part in tokens.split(B)]
 
 
 def docstrings(path):
@@ -767,8 +846,7 @@ def docstrings(path):
 
 
 def demo_documents():
-    """English text that every Python has: the topics of `help()` and the standard library's
-    docstrings."""
+    """English text that every Python has: the topics of `help()` and the library's docstrings."""
     from pydoc_data.topics import topics
 
     documents, library = list(topics.values()), Path(os.__file__).parent
@@ -782,8 +860,7 @@ def demo_documents():
 
 
 def train_tokenizer(texts, vocab_size):
-    """A SentencePiece BPE model with byte fallback; UserError where the text does not fit so many
-    tokens."""
+    """A SentencePiece BPE model with byte fallback; UserError if the text is too short for it."""
     model = io.BytesIO()
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     try:
@@ -833,8 +910,7 @@ def build_demo(folder, vocab_size):
 
 
 def prepare_demo(s, world):
-    """Settings with DATA_PATH=demo replaced by the cached corpus; a rank of each node builds it
-    once."""
+    """Settings with DATA_PATH=demo replaced by the cached corpus; a rank of each node builds it."""
     if s.data_path != "demo":
         return s
     folder = Path("data", "demo" if s.vocab_size == 1024 else f"demo-{s.vocab_size}")
@@ -879,8 +955,11 @@ def load_byte_counts(path, vocab_size, device):
         counts = []
         for i in ids:
             text = processor.decode([*before, i])
-            whole = 1 if processor.is_byte(i) else len(text.encode()) - start
-            counts.append(0 if control[i] else whole)
+            counts.append(len(text.encode()) - start)
+            if processor.is_byte(i):
+                counts[-1] = 1
+            if control[i]:
+                counts[-1] = 0
         return counts
 
     inside_or_first_2V = torch.tensor([sizes(processor.encode("a")), sizes([])], device=device)
@@ -889,8 +968,7 @@ def load_byte_counts(path, vocab_size, device):
 
 
 def unigram_bpb(train, val_N, byte_counts):
-    """Bits per byte of add-one unigram frequencies of the training text: the mark that any model
-    must beat."""
+    """Bits per byte of the training text's add-one unigram frequencies: any model must beat it."""
     start = train.take(0, min(len(train), 10_000_000))
     seen = np.bincount(start, minlength=train.vocab_size) + 1
     bits = -np.log2(seen / seen.sum())[val_N[1:].cpu()].sum()
@@ -903,8 +981,7 @@ NORM_EPS = 1e-7  # explicit, so that it does not depend on the dtype
 
 
 class Module(nn.Module):
-    """A module that names the role of each of its own parameters; ROLES says what follows from a
-    role."""
+    """A module that names the role of each of its own parameters; ROLES says what follows."""
 
     roles = {}
 
@@ -957,7 +1034,7 @@ class Rotary(Module):
         super().__init__()
         T, r = s.train_seq_len, s.rope_dims or s.model_dim // s.num_heads
         stretch = max(1.0, T / 1024) ** (r / (r - 2)) if s.use_ntk_rope else 1.0
-        frequency = (s.rope_base * stretch) ** (-torch.arange(0, r, 2) / r)
+        frequency = (10000.0 * stretch) ** (-torch.arange(0, r, 2) / r)
         angle_T1C = torch.outer(torch.arange(T).float(), frequency)[:, None]
         self.register_buffer("cos_T1C", angle_T1C.cos(), persistent=False)
         self.register_buffer("sin_T1C", angle_T1C.sin(), persistent=False)
@@ -969,35 +1046,68 @@ class Rotary(Module):
         return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
-def sdpa(q_BTHC, k_BTGC, v_BTGC):
-    """Causal attention by PyTorch's scaled_dot_product_attention."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BTGC, v_BTGC))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+def attend(q_BTHC, k_BTGC, v_BTGC, window=0, fa3=False):
+    """Causal attention; a query sees `window` keys, its own included (0: all).
 
-
-def attention_kernel(s):
-    """PyTorch's attention, or with USE_FA3=1 on CUDA flash-attention 3 (Shah et al. 2024)."""
-    if not (s.use_fa3 and torch.cuda.is_available()):
-        return sdpa
-    try:
+    By PyTorch's kernels, of which choose_attention enables one. Flash-attention 3 (Shah et al. 2024)
+    knows windows, through its own package; elsewhere they are a mask.
+    """
+    if window and fa3 and q_BTHC.is_cuda:
         from flash_attn_interface import flash_attn_func
-    except ImportError:
-        raise UserError(
-            "USE_FA3=1: "
-            "the package flash_attn_interface is not installed; install it or set USE_FA3=0"
-        ) from None
-    return lambda q, k, v: flash_attn_func(q, k, v, causal=True) if q.is_cuda else sdpa(q, k, v)
+
+        y = flash_attn_func(q_BTHC, k_BTGC, v_BTGC, causal=True, window_size=(window - 1, 0))
+        return y[0] if isinstance(y, tuple) else y
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BTGC, v_BTGC))
+    mask = None
+    if window:
+        place_T = torch.arange(q.size(2), device=q.device)
+        distance_TT = place_T[:, None] - place_T
+        mask = (distance_TT >= 0) & (distance_TT < window)
+    options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+def choose_attention(s, world):
+    """Enable one attention kernel, ATTN_BACKEND's or the first that runs; settings that name it, and its version."""
+    if world.device.type == "cpu":
+        return s, "PyTorch's on the CPU"
+    wanted = KERNELS if s.attn_backend == "auto" else [s.attn_backend]
+    for name in wanted:
+        try:
+            try_attention(name, s, world)
+            version = dict(cudnn=torch.backends.cudnn.version()).get(name, torch.__version__)
+            return replace(s, attn_backend=name), f"{name} {version}"
+        except (AttributeError, ImportError, RuntimeError, ValueError) as error:
+            fault = str(error)[:200]
+    remedy = "fa3 needs an H100, its package, and torch.nn.attention.activate_flash_attention_impl"
+    raise s.wrong("ATTN_BACKEND", f"run here, but does not ({fault}); {remedy}")
+
+
+def try_attention(name, s, world):
+    """Enable this kernel alone, and run it once."""
+    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
+    torch.backends.cuda.enable_flash_sdp(name in ("fa3", "flash"))
+    torch.backends.cuda.enable_mem_efficient_sdp(name == "efficient")
+    torch.backends.cuda.enable_math_sdp(name == "math" or s.attn_window > 0)  # windows are masks
+    if name == "fa3":
+        if torch.cuda.get_device_capability(world.device)[0] != 9:
+            raise RuntimeError("no GPU of compute capability 9")
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    shape = (1, 256, s.num_heads, s.model_dim // s.num_heads)
+    q = torch.zeros(shape, device=world.device, dtype=world.compute_dtype(s), requires_grad=True)
+    k = q[:, :, : s.num_kv_heads]
+    attend(q, k, k).sum().backward()
 
 
 class Attention(Module):
     """Grouped-query attention with RMS-normed queries and keys.
 
-    `exclusive` (study A's XSA) removes each token's own value direction: y - (y . v) v / |v|^2.
+    In the last XSA_LAST_N layers each token's own value direction is removed: y - (y . v) v / |v|^2.
     """
 
     roles = dict(q_gain="scalar")
 
-    def __init__(self, s, rotary, exclusive):
+    def __init__(self, s, layer, rotary):
         super().__init__()
         D, self.H, self.G = s.model_dim, s.num_heads, s.num_kv_heads
         self.C = D // self.H
@@ -1006,7 +1116,9 @@ class Attention(Module):
         self.v = Linear(s, D, self.G * self.C)
         self.out = Linear(s, D, D, residual=True)
         self.q_gain = nn.Parameter(torch.full((self.H,), s.qk_gain_init))
-        self.rotary, self.exclusive, self.kernel = rotary, exclusive, attention_kernel(s)
+        self.rotary, self.fa3 = rotary, s.attn_backend == "fa3"
+        self.exclusive = layer >= s.num_layers - s.xsa_last_n
+        self.window = s.attn_window if layer < s.attn_window_layers else 0
 
     def forward(self, x_BTD, value, scale_D):
         """`value` is added to the values; `scale_D` multiplies the output."""
@@ -1017,7 +1129,7 @@ class Attention(Module):
         v_BTE = self.v(x_BTD) if value is None else self.v(x_BTD) + value
         v_BTGC = v_BTE.view(B, T, self.G, self.C)
 
-        y = self.kernel(q_BTHC, k_BTGC, v_BTGC)
+        y = attend(q_BTHC, k_BTGC, v_BTGC, self.window, self.fa3)
         if self.exclusive:  # a value head is shared by H / G query heads
             y, v = y.reshape(B, T, self.G, -1, self.C), v_BTGC.unsqueeze(3)
             dot, square = (y * v).sum(-1, keepdim=True), v.square().sum(-1, keepdim=True)
@@ -1026,44 +1138,46 @@ class Attention(Module):
 
 
 class MLP(Module):
-    """relu(x)^2 between two matrices (So et al. 2021)."""
+    """relu(x)^2, or a leaky one, between two matrices (So et al. 2021)."""
 
     def __init__(self, s):
         super().__init__()
         hidden = s.mlp_mult * s.model_dim
         self.up = Linear(s, s.model_dim, hidden)
         self.down = Linear(s, hidden, s.model_dim, residual=True)
+        self.slope = s.mlp_slope
 
     def forward(self, x_BTD, scale_D):
-        return self.down(F.relu(self.up(x_BTD)).square(), scale_D)
+        return self.down(F.leaky_relu(self.up(x_BTD), self.slope).square(), scale_D)
 
 
 class Block(Module):
-    """Mix with the first stream x0, then attention, then MLP, each behind a norm and with a scale
-    a channel."""
+    """Attention, after a mix with the first stream x0, and MLP: each behind a norm, with a scale
+    a channel, added to the stream that it reads."""
 
     roles = dict(attn_scale="scalar", mlp_scale="scalar", resid_mix="scalar")
 
     def __init__(self, s, layer, rotary):
         super().__init__()
         D = s.model_dim
-        self.attn = Attention(s, rotary, exclusive=layer >= s.num_layers - s.xsa_last_n)
+        self.attn = Attention(s, layer, rotary)
         self.mlp = MLP(s)
         self.attn_scale = nn.Parameter(torch.ones(D))
         self.mlp_scale = nn.Parameter(torch.ones(D))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
         self.norm_scale = (layer + 1) ** -0.5 if s.ln_scale else 1.0
 
-    def forward(self, x, x0, value):
+    def attend(self, x, x0, value):
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn(norm(x) * self.norm_scale, value, self.attn_scale)
+        return x + self.attn(norm(x) * self.norm_scale, value, self.attn_scale)
+
+    def feed_forward(self, x):
         return x + self.mlp(norm(x) * self.norm_scale, self.mlp_scale)
 
 
 class SmearGate(Module):
-    """(1 - g) x_t + g x_{t-1}, g = sigmoid a channel; nothing crosses into a document or a
-    sequence."""
+    """(1 - g) x_t + g x_{t-1}, g = sigmoid a channel; nothing crosses into a document."""
 
     roles = dict(gate="scalar")
 
@@ -1077,7 +1191,7 @@ class SmearGate(Module):
 
 
 class BigramHash(Module):
-    """Embedding of the hashed pair (x_{t-1}, x_t), with one factor a layer.
+    """Embedding of the hashed pair (x_{t-1}, x_t), with a factor for each place where it is added.
 
     The last row is for the first token of a sequence or document.
     """
@@ -1089,10 +1203,11 @@ class BigramHash(Module):
         self.table = Table(s.bigram_vocab_size, s.bigram_dim)
         nn.init.zeros_(self.table.weight)
         self.proj = Linear(s, s.bigram_dim, s.model_dim)
-        self.layer_scale = nn.Parameter(torch.full((s.num_layers,), 0.05))
+        places = dict(layers=s.num_layers, input=1)[s.bigram_at]
+        self.layer_scale = nn.Parameter(torch.full((places,), 0.05))
 
     def forward(self, x_BT, starts_BT, dtype):
-        """What is added before each layer."""
+        """What is added, by place."""
         last = self.table.num_embeddings - 1
         hash_BT = torch.bitwise_xor(36313 * x_BT, 27191 * F.pad(x_BT, (1, -1))) % last
         rows = self.table(hash_BT.masked_fill(starts_BT, last)).to(dtype)
@@ -1150,8 +1265,7 @@ class Head(Module):
         """Declare the head's own parameters with `add`; the tied head has none."""
 
     def add(self, role, **values):
-        """Parameters by name, with initial values: of the role head_matrix, head_vocab or
-        head_scalar."""
+        """Parameters by name, with initial values; roles: head_matrix, head_vocab, head_scalar."""
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value))
             self.roles[name] = role
@@ -1184,8 +1298,7 @@ def project(x, *weights):
 
 
 def fan_in_normal(*shape):
-    """Normal entries of variance 1 / fan-in: a product with a unit-variance vector keeps its
-    variance."""
+    """Normal entries of variance 1 / fan-in: a product with them keeps a vector's variance."""
     return torch.randn(*shape) / shape[-1] ** 0.5
 
 
@@ -1218,8 +1331,7 @@ class Untied(Head):
 
 
 class Factorized(Head):
-    """cap(g C A h): a softmax bottleneck of rank R with a learned scale g (study A, H1 and H2,
-    trainable)."""
+    """cap(g C A h): a softmax bottleneck of rank R, g a learned scale (study A, H1 and H2)."""
 
     uses = ("head_lr", "head_matrix_lr", "head_rank")
     least_rank = 1
@@ -1235,8 +1347,7 @@ class Factorized(Head):
 
 
 class Simplex(Head):
-    """cap(g C s), s = M softmax(S h) - 1: a point of the simplex, centred and scaled (study A, H6,
-    trainable)."""
+    """cap(g C s), s = M softmax(S h) - 1, a point of the simplex, centred (study A, H6)."""
 
     uses = ("head_dim", "head_lr", "head_matrix_lr")
     embedding_role, products_with_E = "table", 0
@@ -1270,8 +1381,7 @@ class Delta(Head):
 
 
 class Wide(Head):
-    """cap(E h + C relu(A h)^2): R more features than the width, so logits of rank D + R, at their
-    least price."""
+    """cap(E h + C relu(A h)^2): R more features than the width, so logits of rank D + R."""
 
     uses = ("head_lr", "head_matrix_lr", "head_rank", "head_start_frac")
     least_rank, head_matrix_lr = 1, 0.01
@@ -1302,8 +1412,9 @@ class Bigram(Head):
 class MixtureOfSoftmaxes(Head):
     """log sum_k pi_k softmax(cap(E (h + U_k V_k h))), pi = softmax(G h + b).
 
-    Yang et al. 2018, with the tied embedding and low-rank projections. U = 0 starts at the tied head, where independent V_k let the components' gradients differ. The
-    mixture over the vocabulary is never formed in training: log p(y) needs K cross-entropies.
+    Yang et al. 2018, with the tied embedding and low-rank projections. U = 0 starts at the tied
+    head, where independent V_k let the components' gradients differ. The mixture over the vocabulary
+    is never formed in training: log p(y) needs K cross-entropies.
     """
 
     uses = ("head_k", "head_matrix_lr", "head_rank", "head_start_frac")
@@ -1326,16 +1437,16 @@ class MixtureOfSoftmaxes(Head):
         """Log mixture weights, NxK."""
         if self.gate_KD is None:
             return at_least_fp32(h_ND.new_zeros(h_ND.size(0), 1))
-        gate_NK = F.linear(at_least_fp32(h_ND), self.gate_KD, self.gate_bias_K)
+        gate_NK = at_least_fp32(project(h_ND, self.gate_KD))
+        if self.gate_bias_K is not None:
+            gate_NK = gate_NK + self.gate_bias_K
         return F.log_softmax(gate_NK, dim=-1)
 
     def nll(self, h_ND, x_N, y_N, E_VD):
-        def component(h, E, U, V, y):
-            return -F.cross_entropy(self.component_logits(h, E, U, V), y, reduction="none")
-
         log_p = []
-        for U, V in self.factors():  # recomputed in backward, so that no N x V stays
-            log_p.append(checkpoint(component, h_ND, E_VD, U, V, y_N, use_reentrant=False))
+        for U, V in self.factors():
+            logits_NV = self.component_logits(h_ND, E_VD, U, V)
+            log_p.append(-F.cross_entropy(logits_NV, y_N, reduction="none"))
         return -torch.logsumexp(self.log_pi(h_ND) + torch.stack(log_p, dim=-1), dim=-1)
 
     def log_probs(self, h_ND, x_N, E_VD):
@@ -1371,8 +1482,7 @@ class SimplexPR908(Simplex):
 
 
 class MixturePR908(Head):
-    """cap(sum_k pi_k C_k A_k h), pi = softmax(G h): a mixture of logits, so one softmax of rank K
-    R."""
+    """cap(sum_k pi_k C_k A_k h), pi = softmax(G h): a mixture of logits, so of rank K R."""
 
     uses = ("head_k", "head_lr", "head_matrix_lr", "head_rank")
     least_rank = 1
@@ -1393,8 +1503,7 @@ class MixturePR908(Head):
 
 
 class MixturePR266(MixtureOfSoftmaxes):
-    """log sum_k pi_k softmax(E U_k V h), pi = softmax(G h): one V of rank R for all components,
-    and no cap."""
+    """log sum_k pi_k softmax(E U_k V h), pi = softmax(G h): one V for all components, no cap."""
 
     uses = ("head_k", "head_matrix_lr", "head_rank")
     head_matrix_lr = 0.04  # study B's MATRIX_LR
@@ -1435,14 +1544,16 @@ def head_class(s):
     """The class of HEAD_TYPE, or of its HEAD_VARIANT; UserError where there is none."""
     source, text = s.given.get("HEAD_TYPE", ("HEAD_TYPE", s.head_type))
     check_choice(source, text, HEADS)
-    if s.head_variant and f"{text}/{s.head_variant}" not in VARIANTS:
+    if not s.head_variant:
+        return HEADS[text]
+    variant = f"{text}/{s.head_variant}"
+    if variant not in VARIANTS:
         raise s.wrong("HEAD_VARIANT", f"be empty, or one of {', '.join(VARIANTS)}")
-    return VARIANTS[f"{text}/{s.head_variant}"] if s.head_variant else HEADS[text]
+    return VARIANTS[variant]
 
 
 def check_head(s):
-    """Settings with the head's own default rates filled in; UserError where the head's rules are
-    broken."""
+    """Settings with the head's own rates filled in; UserError where its rules are broken."""
     head, named = head_class(s), f"HEAD_TYPE={s.head_type}"
     for name in s.given:
         users = [other for other, cls in HEADS.items() if name.lower() in cls.uses]
@@ -1462,14 +1573,20 @@ def check_head(s):
 # ---- GPT: embeddings, blocks, head; the one place where a loss is computed -----------------------
 
 
+MOST_LOGITS = 2**27  # of a softmax at a time: 131,072 tokens of 1,024, 16,384 of 8,192
+
+
 class GPT(Module):
     """U-Net of blocks over token embeddings, and one output head.
+
+    The blocks run in the order of `layers`, some twice while `looped`. From PARALLEL_FROM on attention
+    and MLP have a lane each, which a learned share joins at the end (PR 1204).
 
     Tokens x_BT and targets y_BT (int64) give the mean negative log-likelihood in nats, a scalar.
     `compute_dtype` is that of activations and matrix products; None: the weights' own.
     """
 
-    roles = dict(skip_weights="scalar")
+    roles = dict(skip_weights="scalar", skip_gates="scalar", lane_share="scalar")
 
     def __init__(self, s, compute_dtype=None):
         super().__init__()
@@ -1477,12 +1594,24 @@ class GPT(Module):
         self.compute_dtype = compute_dtype
         self.tok_emb = Table(s.vocab_size, D)
         nn.init.normal_(self.tok_emb.weight, std=s.tied_embed_init_std)
-        self.smear = SmearGate(s) if s.smear_gate else None
-        self.bigram = BigramHash(s) if s.bigram_hash else None
+        self.smear = self.bigram = self.value_embed = None
+        self.skip_weights = self.skip_gates = self.lane_share = None
+        if s.smear_gate:
+            self.smear = SmearGate(s)
+        if s.bigram_hash:
+            self.bigram = BigramHash(s)
         rotary = Rotary(s)
         self.blocks = nn.ModuleList(Block(s, layer, rotary) for layer in range(L))
-        self.skip_weights = nn.Parameter(torch.ones(L // 2, D)) if L > 1 else None
-        self.value_embed = ValueEmbedding(s) if s.value_embed else None
+        self.layers, self.looped, self.parallel_from = layer_order(s), True, s.parallel_from
+        self.bigram_at_input = s.bigram_hash and s.bigram_at == "input"
+        if L > 1:
+            self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
+            if s.skip_gates:
+                self.skip_gates = nn.Parameter(torch.zeros(L // 2, D))
+        if s.parallel_from < L:
+            self.lane_share = nn.Parameter(torch.tensor(0.5))
+        if s.value_embed:
+            self.value_embed = ValueEmbedding(s)
         self.requires_grad_(s.train_only == "all")
 
         self.head = head_class(s)(s).requires_grad_(s.head_trainable)
@@ -1495,32 +1624,65 @@ class GPT(Module):
         dtype = self.compute_dtype or self.tok_emb.weight.dtype
 
         # embeddings: of the token, of the token before, of their pair, and for the values
-        x = self.tok_emb(x_BT).to(dtype)
+        x, bigrams, values = self.tok_emb(x_BT).to(dtype), [], {}
+        if self.bigram is not None:
+            bigrams = self.bigram(x_BT, starts_BT, dtype)
+        if self.value_embed is not None:
+            values = self.value_embed(x_BT, dtype)
+        if self.bigram_at_input:  # as in PR 1435, which norms before the gate
+            x = norm(x + bigrams.pop())
         if self.smear is not None:
             x = self.smear(x, starts_BT)
-        x = x0 = norm(x)
-        bigrams = self.bigram(x_BT, starts_BT, dtype) if self.bigram is not None else None
-        values = self.value_embed(x_BT, dtype) if self.value_embed is not None else {}
+        if not self.bigram_at_input:
+            x = norm(x)
+        x0 = x
 
-        # the first half of the blocks stores skips, the second adds them back, last one first
-        half, skips = len(self.blocks) // 2, []
-        for layer, block in enumerate(self.blocks):
-            if layer >= half and skips:
-                x = x + self.skip_weights[layer - half].to(dtype) * skips.pop()
-            if bigrams is not None:
+        # the first half of the layers stores skips, the second takes them back, last one first
+        layers = self.layers if self.looped else range(len(self.blocks))
+        half, skips, lane = len(layers) // 2, [], None
+        for place, layer in enumerate(layers):
+            block = self.blocks[layer]
+            if place >= half and skips and lane is None:
+                x = self.skip(x, skips.pop(), place - half)
+            if bigrams:
                 x = x + bigrams[layer]
-            x = block(x, x0, values.get(layer))
-            if layer < half:
+            if lane is None and layer >= self.parallel_from:
+                lane = x
+            x = block.attend(x, x0, values.get(layer))
+            if lane is None:
+                x = block.feed_forward(x)
+            else:
+                lane = block.feed_forward(lane)
+            if place < half:
                 skips.append(x)
+        if lane is not None:
+            x = torch.lerp(lane, x, self.lane_share.to(dtype))
         return norm(x)
 
+    def skip(self, x, skipped, index):
+        """The stream with what an early layer has stored; a loop stores more than there are skips."""
+        if index >= len(self.skip_weights):
+            return x
+        skipped = self.skip_weights[index].to(x.dtype) * skipped
+        if self.skip_gates is None:
+            return x + skipped
+        return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+
     def nll(self, x_BT, y_BT, last=None):
-        """Negative log-likelihoods in nats of the last `last` targets of each sequence (default:
-        all), B x last."""
+        """Negative log-likelihoods in nats, of each sequence's last `last` targets (None: all)."""
         first = 0 if last is None else x_BT.size(1) - last
         h_ND = self.hidden(x_BT)[:, first:].flatten(0, 1)
         x_N, y_N = x_BT[:, first:].flatten(), y_BT[:, first:].flatten()
-        return self.head.nll(h_ND, x_N, y_N, self.tok_emb.weight).view(len(x_BT), -1)
+        E_VD = self.tok_emb.weight
+        chunk = max(1, MOST_LOGITS // len(E_VD))
+        if len(h_ND) <= chunk:
+            return self.head.nll(h_ND, x_N, y_N, E_VD).view(len(x_BT), -1)
+
+        # with a large vocabulary, a chunk of tokens at a time, recomputed in backward
+        nll = []
+        for h, x, y in zip(h_ND.split(chunk), x_N.split(chunk), y_N.split(chunk)):
+            nll.append(checkpoint(self.head.nll, h, x, y, E_VD, use_reentrant=False))
+        return torch.cat(nll).view(len(x_BT), -1)
 
     def forward(self, x_BT, y_BT):
         return self.nll(x_BT, y_BT).mean()
@@ -1551,14 +1713,22 @@ def build_model(s, world, state=None):
 
 @dataclass(frozen=True)
 class Role:
-    """How a parameter is trained and stored: names of settings, and how much finer its grid is than
-    the artifact's common step (0: exact float32)."""
+    """How a parameter is trained and stored: names of settings, and its grid's fineness.
+
+    The grid is `finer` than the artifact's common step by so much; 0: exact float32.
+    """
 
     optimizer: str
     learning_rate: str
     weight_decay: str
     finer: float
     start: str = ""  # the setting that says from which share of training on it is trained
+
+    def fineness(self, rows):
+        """Of a matrix with so many rows: where these make logits, a row of many matters less often."""
+        if self.finer <= 2 or rows <= 1024:
+            return self.finer
+        return max(1.0, self.finer * 1024 / rows)
 
 
 # fmt: off
@@ -1567,37 +1737,37 @@ ROLES = dict(
     matrix=Role(     "muon",   "matrix_lr",      "muon_weight_decay",  1),
     table=Role(      "adam",   "tied_embed_lr",  "adam_wd",            2),
     tied=Role(       "adam",   "tied_embed_lr",  "adam_wd",           16),  # it also makes the logits
-    scalar=Role(     "adam",   "scalar_lr",      "adam_wd",            0),
+    scalar=Role(     "adam",   "scalar_lr",      "scalar_wd",          0),
     head_matrix=Role("muon",   "head_matrix_lr", "muon_weight_decay",  1, "head_start_frac"),
     head_vocab=Role( "adam",   "head_lr",        "adam_wd",            8, "head_start_frac"),
-    head_scalar=Role("adam",   "scalar_lr",      "adam_wd",            0, "head_start_frac"),
+    head_scalar=Role("adam",   "scalar_lr",      "scalar_wd",          0, "head_start_frac"),
 )
 # fmt: on
 
 
 def newton_schulz(G, dtype, steps=5):
-    """Nearly the orthogonal factor of each matrix of a batch: singular values near 1 (Jordan et
-    al. 2024)."""
-    tall = G.size(-2) > G.size(-1)
-    X = (G.mT if tall else G).to(dtype)
+    """Nearly the orthogonal factor of each matrix of a batch (Muon, Jordan et al. 2024)."""
+    if G.size(-2) > G.size(-1):
+        return newton_schulz(G.mT, dtype, steps).mT
+    X = G.to(dtype)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-    return X.mT if tall else X
+    return X
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), with decoupled weight decay.
 
     Equals torch.optim.Muon at constant momentum, but takes all parameters of a group, which have
-    one shape (in 3-D: stacks), as one batch of matrices, split over the ranks, which must hold equal
-    gradients.
+    one shape (in 3-D: stacks), as one batch of matrices, split over the ranks. These must hold equal
+    gradients. `row_norm` brings the rows of the update to one norm first (MuonEq-R).
     """
 
-    def __init__(self, groups, world, dtype):
+    def __init__(self, groups, world, dtype, row_norm=False):
         super().__init__(groups, dict(momentum=0.95, weight_decay=0.0))
-        self.world, self.dtype = world, dtype
+        self.world, self.dtype, self.row_norm = world, dtype, row_norm
         for group in self.param_groups:
             params = group["params"]
             self.state[params[0]]["momentum"] = torch.zeros_like(torch.stack(params))
@@ -1612,6 +1782,8 @@ class Muon(torch.optim.Optimizer):
 
             # each rank orthogonalises its share of the stack
             stack = gradient.add_(momentum, alpha=mu).flatten(0, -3)
+            if self.row_norm:
+                stack = F.normalize(stack, dim=-1, eps=1e-7)
             padded = F.pad(stack, (0, 0, 0, 0, 0, -len(stack) % self.world.size))
             share = padded.chunk(self.world.size)[self.world.rank]
             update = self.world.gather(newton_schulz(share, self.dtype))[: len(stack)]
@@ -1622,10 +1794,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, updates, alpha=-group["lr"] * stretch)
 
 
-def adam_with_state(groups, s):
-    """AdamW whose state is there before the first step, so that a checkpoint can be compared with
-    it."""
-    adam = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=True)
+def adam_with_state(groups):
+    """AdamW whose state is there before the first step: a checkpoint is compared with it."""
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
     for p in [p for group in groups for p in group["params"]]:
         step = torch.zeros((), device=p.device)
         adam.state[p] = dict(
@@ -1637,7 +1808,7 @@ def adam_with_state(groups, s):
 def build_optimizers(model, s, world):
     """Adam and Muon over all trainable parameters, a group for each role (and for Muon each shape).
 
-    Every group carries its unscaled rate, `base_lr`, and the share of training it begins at, `start`.
+    Every group carries its unscaled rate, `base_lr`, and the share of training at which it starts.
     """
     groups, roles = dict(adam={}, muon={}), model.parameter_roles()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -1648,6 +1819,8 @@ def build_optimizers(model, s, world):
             # a head knows its own default rates
             rate = getattr(s, role.learning_rate) or getattr(model.head, role.learning_rate, 0.0)
             decay = getattr(s, role.weight_decay)
+            if decay < 0:
+                decay = s.adam_wd
             start = getattr(s, role.start) if role.start else 0.0
             facts = dict(lr=rate, base_lr=rate, weight_decay=decay, start=start)
             groups[role.optimizer][key] = dict(params=[], **facts)
@@ -1655,10 +1828,10 @@ def build_optimizers(model, s, world):
 
     optimizers = []
     if groups["adam"]:
-        optimizers.append(adam_with_state([*groups["adam"].values()], s))
+        optimizers.append(adam_with_state([*groups["adam"].values()]))
     if groups["muon"]:
         dtype = model.compute_dtype or torch.float32
-        optimizers.append(Muon([*groups["muon"].values()], world, dtype))
+        optimizers.append(Muon([*groups["muon"].values()], world, dtype, s.muon_row_norm))
     return optimizers
 
 
@@ -1667,12 +1840,16 @@ def build_optimizers(model, s, world):
 
 def ramp(remaining, length):
     """1, then linear to 0 over the last `length`."""
-    return min(1.0, max(remaining, 0.0) / length) if length > 0 else 1.0
+    if length <= 0:
+        return 1.0
+    return min(1.0, max(remaining, 0.0) / length)
 
 
 def learning_rate_scale(step, seconds, s):
-    """1, then linear to 0 over min(WARMDOWN_ITERS steps, WARMDOWN_FRAC of the run), by whichever
-    end comes first."""
+    """1, then linear to 0 over the warm-down, by whichever end comes first.
+
+    The warm-down lasts WARMDOWN_ITERS steps, or WARMDOWN_FRAC of the run if that is shorter.
+    """
     by_steps = ramp(s.iterations - step, min(s.warmdown_iters, s.warmdown_frac * s.iterations))
     cap, step_seconds = s.max_wallclock_seconds, seconds / max(step, 1)
     if not cap:
@@ -1683,9 +1860,18 @@ def learning_rate_scale(step, seconds, s):
 
 def progress(step, seconds, s):
     """The share of the run that is over, by whichever end comes first; 1 or more at the end."""
-    by_steps = step / s.iterations if s.iterations else 1.0
-    by_time = seconds / s.max_wallclock_seconds if s.max_wallclock_seconds else 0.0
-    return max(by_steps, by_time)
+    if step >= s.iterations:
+        return 1.0
+    return max(step / s.iterations, seconds / (s.max_wallclock_seconds or math.inf))
+
+
+def is_over(step, seconds, ahead, s):
+    """Whether training ends here: at ITERATIONS, or where the cap is nearer than after another step.
+
+    `ahead` steps are enqueued on the device that the clock has not seen.
+    """
+    expected = seconds + (ahead + 0.5) * seconds / max(step, 1)
+    return step >= s.iterations or 0 < s.max_wallclock_seconds <= expected
 
 
 def momentum_at(step, s):
@@ -1716,15 +1902,17 @@ def windows(tokens_N, stride, s, world):
     reaches the end is the last.
     """
     T, end, device = s.train_seq_len, len(tokens_N), world.device
-    limit = 131072 if device.type == "cuda" else 16384
+    limit = dict(cuda=131072, cpu=16384)[device.type]
     B = max(1, min(s.val_batch_size // world.size, limit) // T)
     starts = torch.arange(0, max(end - 1 - T + stride, 1), stride, device=device)
     batches = list(starts.split(B))
     if stride < T:  # the first window scores more than the others: it is a batch of its own
         batches = [starts[:1], *starts[1:].split(B)]
 
-    for batch in batches[world.rank :: world.size]:
+    share = batches[world.rank :: world.size]
+    for i, batch in enumerate(share):
         world.heed()
+        world.progress("scoring batches of windows", i, len(share))
         starts_B = F.pad(
             batch, (0, B - len(batch)), value=end
         )  # what fills up the batch lies behind
@@ -1753,7 +1941,7 @@ def evaluate(model, validation, stride, s, world):
 def spectrum(model, tokens_N, s):
     """How far the log-probabilities exceed rank D, over 65,536 contexts or all there are.
 
-    In float64 from the hidden states on, each context's mean over V subtracted; from the eigenvalues
+    In float64 from the hidden states on, each context's mean over V subtracted; by the eigenvalues
     of the V x V Gram matrix.
     """
     T, head, E_VD = (
@@ -1797,7 +1985,7 @@ def spectrum(model, tokens_N, s):
 #                     model's order, a matrix's scale or all values of what is no matrix
 #
 # A weight is its matrix's scale times a coordinate of the lattice point that its code stands for,
-# with the codes of seven others; where the scale is negative (a coarse grid), its size times the code.
+# with the codes of seven others; where the scale is negative (a coarse grid), times the code itself.
 
 MAGIC, VERSION = b"GPTHEAD", b"5"
 STORED = [name for name, scope in SCOPES.items() if scope in ("model", "eval")]
@@ -1809,8 +1997,7 @@ NO_ARTIFACT = "is no artifact of this program, or a damaged one"
 
 
 def nearest_d8(x):
-    """Nearest integers whose sum over dimension -2 is even: the one rounded worst goes the other
-    way."""
+    """Nearest integers of even sum over dimension -2: the one rounded worst gives way."""
     q = x.round()
     error = x - q
     worst = error.abs().argmax(-2, keepdim=True)
@@ -1855,11 +2042,9 @@ def quantized(state, roles, step):
     for name, weight in state.items():
         if ROLES[roles[name]].finer:
             stacks.setdefault((roles[name], weight.shape), []).append(name)
-    for (role, _), names in stacks.items():
-        rows, own_step = (
-            torch.stack([state[n].flatten(0, -2) for n in names]),
-            step / ROLES[role].finer,
-        )
+    for (role, shape), names in stacks.items():
+        own_step = step / ROLES[role].fineness(shape[-2])
+        rows = torch.stack([state[name].flatten(0, -2) for name in names])
         rms = rows.double().square().mean((1, 2), keepdim=True).sqrt()
         largest = rows.abs().amax((1, 2), keepdim=True)
         scale = torch.maximum((rms * own_step).float(), largest / LARGEST).clamp_min(TINY)
@@ -1877,8 +2062,10 @@ def dequantized(codes, scale):
 
 @contextmanager
 def rounded_weights(model, roles, step):
-    """Inside, matrices lie on the export's grid of this step (0: as they are); gradients are taken
-    there."""
+    """Inside, matrices lie on the export's grid of this step (0: as they are).
+
+    Gradients are taken there: late QAT.
+    """
     if not step:
         yield
         return
@@ -1946,8 +2133,7 @@ def compress(raw, codec):
 
 
 def inflate(packed, codec, most):
-    """The inverse of compress for up to `most` bytes; no more are ever inflated. Raises anything
-    for damage."""
+    """The inverse of compress; never more than `most` bytes. Raises anything for damage."""
     if codec == "zstd":
         size = zstandard.frame_content_size(packed)
         expect(0 <= size <= most, "the payload holds more than its tensors")
@@ -1971,7 +2157,7 @@ def encode_payload(state, roles, step, codec):
 def decode_payload(s, payload):
     """The weights, float32, of the model of these settings; raises anything for damage."""
     with torch.device("meta"):  # names and shapes, no memory
-        model = GPT(replace(s, use_fa3=False))
+        model = GPT(s)
     roles, parameters = model.parameter_roles(), dict(model.named_parameters())
     count = sum(p.numel() for p in parameters.values())
     expect(count <= 32 * len(payload), f"{len(payload)} bytes cannot hold {count} weights")
@@ -2090,8 +2276,7 @@ def fit_sample(state, roles, codec, limit):
 
 
 def pack(state, roles, s, limit):
-    """The finest artifact within `limit` bytes, and its step. The same weights give the same
-    bytes."""
+    """The finest artifact within `limit` bytes, and its step; the same for the same weights."""
     state = {name: weight.detach().float().cpu() for name, weight in state.items()}
     step = fit(lambda step: len(encode(state, roles, s, step)), limit)
     return encode(state, roles, s, step), step
@@ -2107,18 +2292,17 @@ def read_artifact(variable, name, world):
 
 
 def adopt(model, artifact, s):
-    """Start a model from an artifact's trunk, and from its head where that is the same; says
-    which."""
-    weights, own = artifact_weights(artifact), dict(model.named_parameters())
-    same = all(artifact.stored[name] == getattr(s, name) for name in ("head_type", "head_variant"))
-    same = same and [w.shape for w in weights.values()] == [p.shape for p in own.values()]
-    if not same:
-        head = {f"head.{name}" for name, _ in model.head.named_parameters()}
-        weights = {name: weights[name] for name in own.keys() - head}
-    model.load_state_dict(weights, strict=same)
-    if not same:
-        model.head.copy_embedding(model.tok_emb.weight)
-    return "trunk and head" if same else "trunk"
+    """Start a model from an artifact's trunk, and from its head if that is the same; says which."""
+    weights, own = artifact_weights(artifact), model.state_dict()
+    shapes = [{name: w.shape for name, w in state.items()} for state in (weights, own)]
+    kind = (artifact.stored["head_type"], artifact.stored["head_variant"])
+    if shapes[0] == shapes[1] and kind == (s.head_type, s.head_variant):
+        model.load_state_dict(weights)
+        return "trunk and head"
+    head = {f"head.{name}" for name in model.head.state_dict()}
+    model.load_state_dict({name: weights[name] for name in own.keys() - head}, strict=False)
+    model.head.copy_embedding(model.tok_emb.weight)
+    return "trunk"
 
 
 # ---- Run folder: everything of a run lies in runs/<RUN_ID>/ --------------------------------------
@@ -2129,8 +2313,7 @@ source = functools.cache(
 
 
 class RunLog:
-    """train.log and metrics.jsonl of a run, and the console. Silent where the folder is None
-    (ranks above 0)."""
+    """train.log and metrics.jsonl of a run, and the console; silent without a folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -2151,20 +2334,8 @@ class RunLog:
         if metrics:
             self.append("metrics.jsonl", json.dumps(metrics))
 
-    def sizes(self):
-        """Bytes of both files, as a checkpoint remembers them."""
-        paths = [self.folder / name for name in ("train.log", "metrics.jsonl")]
-        return {path.name: path.stat().st_size for path in paths if path.exists()}
-
-    def rewind(self, sizes):
-        """Forget what was written after the checkpoint; with no sizes, everything."""
-        if self.folder is not None:
-            for name, size in self.sizes().items():
-                os.truncate(self.folder / name, min(sizes.get(name, 0), size))
-
     def opening(self, s, world, data, facts):
-        """Versions, hashes, machine, data and every resolved setting: all that is needed to run it
-        again."""
+        """Versions, hashes, machine, data and every resolved setting: enough to run it again."""
         versions = f"numpy {np.__version__} sentencepiece {sentencepiece.__version__}"
         self.write(f"python {sys.version.split()[0]} {versions}")
         for name, value in facts.items():
@@ -2174,7 +2345,8 @@ class RunLog:
             self.write(f"{name.upper()}={as_text(value)}", console=False)
         self.write(data)
         if world.device.type == "cpu":
-            self.write("no CUDA: USE_FA3, FLASH_ATTN_* and SKIP_COMPILE=0 are accepted and unused")
+            unused = "ATTN_BACKEND, USE_FA3, FLASH_ATTN_* and SKIP_COMPILE=0"
+            self.write(f"no CUDA: {unused} are accepted and unused")
 
 
 def check_finite(loss, step):
@@ -2186,7 +2358,7 @@ def check_finite(loss, step):
 
 
 def check_same_run(s, then, same_facts):
-    """UserError where a run of this name had other settings or other facts (data, source, torch)."""
+    """UserError where a run of this name had other settings, data, source or torch."""
     remedy = "choose another RUN_ID"
     for name, value in s.as_dict().items():
         if SCOPES[name] != "free" and then.get(name, value) != value:
@@ -2202,8 +2374,7 @@ def check_same_run(s, then, same_facts):
 
 
 def claim_folder(s):
-    """The run's folder and its lock, ours while this process lives; UserError where a run is in
-    progress."""
+    """The run's folder and its lock, ours while this process lives; UserError if it is in use."""
     folder = Path("runs") / s.run_id
     with blaming(f"RUN_ID={s.run_id}: {folder} cannot be used"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -2223,8 +2394,7 @@ def claim_folder(s):
 
 
 def earlier_run(folder, s, facts):
-    """The result of a finished run in this folder, or the checkpoint of an interrupted one; else
-    None twice."""
+    """A finished run's result and an interrupted one's checkpoint, None where there is none."""
     result, checkpoint = None, None
     damaged = "is damaged, delete it"
     if (path := folder / "submission.json").exists():
@@ -2261,8 +2431,9 @@ class Clock:
         self.world, self.banked, self.started = world, seconds, None
 
     def seconds(self):
-        running = 0.0 if self.started is None else time.perf_counter() - self.started
-        return self.banked + running
+        if self.started is None:
+            return self.banked
+        return self.banked + time.perf_counter() - self.started
 
     def start(self):
         torch.get_device_module(self.world.device).synchronize()
@@ -2283,8 +2454,7 @@ class Clock:
 
 
 class Trainer:
-    """A model, its optimizers, average, step count and clock: all that changes in training and a
-    checkpoint holds."""
+    """All that changes in training and a checkpoint holds: model, optimizers, average, clock."""
 
     def __init__(self, model, s, world, facts=MappingProxyType({})):
         self.model, self.settings, self.world = model, s, world
@@ -2304,6 +2474,7 @@ class Trainer:
         `scale` is that of the learning rates, `share` the share of the run that is over.
         """
         s = self.settings
+        self.model.looped = share >= s.loop_start_frac
 
         # gradient of the mean loss
         total = torch.zeros((), device=self.world.device)
@@ -2315,19 +2486,22 @@ class Trainer:
         if self.steps == 0:
             self.check_gradients()
 
+        # this step's rates; what is not yet trained has no part in the gradient's norm
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * scale
+                if share < group["start"]:
+                    group["lr"] = 0.0
+                    torch._foreach_zero_([p.grad for p in group["params"]])
+                if "momentum" in group:
+                    group["momentum"] = momentum_at(self.steps, s)
+
         # over all ranks; a norm that is no number is told as the loss, without waiting for it here
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.world.average([*gradients, total])
         if s.grad_clip_norm:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.grad_clip_norm)
             total = torch.where(norm.isfinite(), total, norm)
-
-        # this step's rates
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * scale if share >= group["start"] else 0.0
-                if "momentum" in group:
-                    group["momentum"] = momentum_at(self.steps, s)
 
         # the step itself, and the moving average
         self.whole = False
@@ -2358,7 +2532,7 @@ class Trainer:
         return tensors
 
     def state(self):
-        """What a checkpoint holds, beside the settings and the log's sizes."""
+        """What a checkpoint holds, beside the settings."""
         return dict(
             facts=self.facts,
             steps=self.steps,
@@ -2385,28 +2559,20 @@ class Trainer:
             self.restore(checkpoint)
 
     def save(self, log):
-        """Write checkpoint.pt (rank 0; all ranks hold the same state), unless the state is broken:
-        the one before stays."""
+        """Write checkpoint.pt on rank 0, unless the state is broken: then the one before stays."""
         good = self.whole and all(p.isfinite().all() for p in self.parameters)
         if good and log.folder is not None:
             buffer = io.BytesIO()
-            beside = dict(settings=self.settings.as_dict(), sizes=log.sizes())
-            torch.save({**self.state(), **beside}, buffer)
+            torch.save(dict(self.state(), settings=self.settings.as_dict()), buffer)
             write_whole(log.folder / "checkpoint.pt", buffer.getvalue())
         return good
 
     def begin(self, checkpoint, shards, log):
-        """The start, or a checkpoint's state; then WARMUP_STEPS steps that prime compiled code,
-        and are undone."""
+        """The start, or a checkpoint's state; then WARMUP_STEPS steps, which are undone."""
         s, count = self.settings, sum(p.numel() for p in self.parameters)
-        needed = (
-            50 * count
-        )  # bytes: two checkpoints of weights, average and moments, and the artifact
+        needed = 50 * count  # bytes: two checkpoints and the artifact
         if log.folder is not None and shutil.disk_usage(log.folder).free < needed:
-            raise UserError(
-                f"{log.folder}: "
-                f"has less than {needed} bytes free; free the disk or use another folder"
-            )
+            raise UserError(f"{log.folder}: has less than {needed} bytes free; free the disk")
 
         if checkpoint is None:
             trained = sum(p.numel() for p in self.parameters if p.requires_grad)
@@ -2414,9 +2580,12 @@ class Trainer:
         else:
             self.resume(checkpoint, Path("runs") / s.run_id / "checkpoint.pt")
             log.write(f"resumed at step {self.steps}")
+        if self.loss is not self.model:
+            log.write("compiling: the first steps take minutes, outside the clock")
         before = copy.deepcopy(self.state())
         for step in range(min(s.warmup_steps, s.iterations)):
-            self.step(train_batch(shards, step, s, self.world), 1.0, 1.0)
+            share = float(step % 2)  # both graphs, where LOOP_LAYERS run twice later on
+            self.step(train_batch(shards, step, s, self.world), 1.0, share)
         self.restore(before)
 
     def validate(self, validation, log):
@@ -2470,8 +2639,7 @@ def timing(step, seconds):
 
 
 class LossQueue:
-    """Losses on their way to the host: reading one waits for its step, not for those queued behind
-    it."""
+    """Losses on their way to the host: reading one waits for its step, not for later ones."""
 
     def __init__(self):
         self.waiting = []
@@ -2494,6 +2662,8 @@ def train(trainer, shards, validation, log):
     """Train until ITERATIONS or the time cap; ends with a validation and a checkpoint."""
     s, world, clock = trainer.settings, trainer.world, trainer.clock.start()
     losses, last_save = LossQueue(), clock.seconds()
+    thread = ThreadPoolExecutor(1, initializer=world.use_device)  # prepares the next batch
+    upcoming = thread.submit(train_batch, shards, trainer.steps, s, world)
     while True:
         # what all ranks must agree on: the time, and whether a signal has come
         step = trainer.steps
@@ -2501,13 +2671,15 @@ def train(trainer, shards, validation, log):
         if number:
             raise Interrupted(number)
         share = progress(step, seconds, s)
+        ahead = dict(cuda=len(losses.waiting), cpu=0)[world.device.type]
+        over = is_over(step, seconds, ahead, s)
 
         # once in a while, and at the end: score the present weights
         due = s.val_loss_every > 0 and step % s.val_loss_every == 0
-        if (due or share >= 1) and trainer.validated != step:
+        if (due or over) and trainer.validated != step:
             with clock.paused():
                 trainer.validate(validation, log)
-        if share >= 1:
+        if over:
             break
 
         # once in a while: a checkpoint
@@ -2520,7 +2692,9 @@ def train(trainer, shards, validation, log):
         scale = learning_rate_scale(step, seconds, s)
         if trainer.grid == 0 and late_qat_starts(scale, s):
             trainer.start_late_qat(log)
-        losses.push(step + 1, trainer.step(train_batch(shards, step, s, world), scale, share))
+        batches = upcoming.result()
+        upcoming = thread.submit(train_batch, shards, step + 1, s, world)
+        losses.push(step + 1, trainer.step(batches, scale, share))
 
         # the host runs one step ahead of the device, or none where this step is logged
         if len(losses.waiting) > 1:
@@ -2543,8 +2717,7 @@ def train(trainer, shards, validation, log):
 
 
 def load_validation(s, world):
-    """Tokens (int64, on the device) and byte counts of the split that is scored; UserError where
-    they are wrong."""
+    """Tokens (int64, on the device) and byte counts of the split that is scored; UserError."""
     shards = Shards(Path(s.data_path), s.eval_split, s.vocab_size)
     if len(shards) <= s.train_seq_len:
         raise UserError(
@@ -2582,6 +2755,7 @@ def export(trainer, path, log):
     """Write the artifact, log its quality and size; returns the sizes, measured from the files."""
     s, weights, roles = trainer.settings, trainer.exported(), trainer.roles
     codec, limit, code = s.compress_algo, s.size_limit_bytes, len(source())
+    log.write("packing: looking for the finest grid under the cap")
     blob, step = pack(weights, roles, s, limit - code)
     write_whole(path, blob)
     packed = path.stat().st_size
@@ -2622,12 +2796,15 @@ def finish(trainer, validation, log):
     if 0 < s.eval_stride < T:
         final = score("sliding", weights, validation, s.eval_stride, s, world, log)
     log.write(final_lines(s.compress_algo, *final))
+    if s.preset == "demo":
+        log.write("val_bpb is bits per byte of unseen text: compare it with unigram_val_bpb above")
+        log.write("try next: the same with HEAD_TYPE=mos, then MODE=table python train_gpt.py")
 
     result = dict(
         author=s.author,
         github_id=s.github_id,
         name=f"{s.num_layers}L {s.head_type} head",
-        blurb=f"{s.num_layers} x {s.model_dim}, {s.head_type} head, {s.eval_split} of {s.data_path}",
+        blurb=f"{s.num_layers} x {s.model_dim}, {s.head_type} head, on {s.data_path}, {s.eval_split}",
         date=f"{datetime.date.today()}",
         track="non-record-16mb",
         seed=s.seed,
@@ -2655,9 +2832,8 @@ def finish(trainer, validation, log):
 
 
 def run_eval(s, world, artifact):
-    """MODE=eval: score an artifact; the architecture and, unless given, the evaluation's settings
-    are its own."""
-    s = prepare_demo(s, world)
+    """MODE=eval: score an artifact, by its own settings where nothing else is said."""
+    s, _ = choose_attention(prepare_demo(s, world), world)
     validation = load_validation(s, world)  # first: a strange vocabulary costs no memory
     weights, stride = artifact_weights(artifact), s.eval_stride or s.train_seq_len
     figures = score("artifact", weights, validation, stride, s, world, RunLog(None))
@@ -2672,10 +2848,10 @@ def run_eval(s, world, artifact):
 
 
 def run_train(s, world, artifact):
-    """MODE=train: claim the folder, resume or start, train, finish. Exit code 0, or 3 above the
-    size limit."""
+    """MODE=train: claim the folder, resume or start, train, finish; exit code 0, 3 if too large."""
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}-{s.head_type}-{s.seed}"
-    s = replace(prepare_demo(s, world), run_id=s.run_id or world.agree(stamp))
+    s, attention = choose_attention(prepare_demo(s, world), world)
+    s = replace(s, run_id=s.run_id or world.agree(stamp))
     micro_batch_sequences(s, world)
 
     # data, and the facts that make a run what it is beside its settings
@@ -2685,6 +2861,7 @@ def run_train(s, world, artifact):
         source_sha256=hashlib.sha256(source()).hexdigest(),
         data_sha256=shards.fingerprint(validation[0]),
         pytorch_version=str(torch.__version__),
+        attention=attention,
         init_sha256=hashlib.sha256(artifact.payload).hexdigest() if artifact else "",
     )
 
@@ -2693,6 +2870,7 @@ def run_train(s, world, artifact):
     if world.rank == 0:
         folder, lock = claim_folder(s)  # the lock goes with the process
         log, earlier = RunLog(folder), earlier_run(folder, s, facts)
+        world.say = log.write
     result, checkpoint = world.agree(earlier)
     if result is not None:
         figures = f"val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}"
@@ -2701,7 +2879,6 @@ def run_train(s, world, artifact):
 
     # train; the log's last line says why the run ended
     trainer = None
-    log.rewind(checkpoint["sizes"] if checkpoint else {})
     try:
         model = build_model(s, world)
         if checkpoint is None:
@@ -2741,9 +2918,11 @@ def end_early(error, trainer, log):
 # ---- Compare: MODE=bench and MODE=table; a reader of the program may skip this -------------------
 
 
+PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
+
+
 def flops_per_token(model, s):
-    """Forward and backward: 6 a weight of the matrices of blocks and head, 6 L D T for causal
-    attention."""
+    """Forward and backward: 6 a weight of blocks and head, 6 L D T for causal attention."""
     weights = model.head.products_with_E * s.vocab_size * s.model_dim
     for name, role in model.parameter_roles().items():
         if name.startswith(("blocks.", "head.")) and ROLES[role].finer:
@@ -2752,13 +2931,14 @@ def flops_per_token(model, s):
 
 
 def bench(s, world, artifact):
-    """MODE=bench: time training steps of the tied head and of the chosen one, in turn, on random
-    tokens."""
+    """MODE=bench: time training steps of tied and of the chosen head, in turn, on random tokens."""
     if world.device.type == "cpu" and "TRAIN_BATCH_TOKENS" not in s.given:
         s = replace(s, train_batch_tokens=4096, train_seq_len=256)
+    s, attention = choose_attention(s, world)
     tied = replace(s, head_type="tied", head_variant="", head_trainable=True, train_only="all")
-    choices = [tied, s] if s.head_type != "tied" else [tied]
-    trainers = [Trainer(build_model(choice, world), choice, world) for choice in choices]
+    trainers = [Trainer(build_model(tied, world), tied, world)]
+    if s.head_type != "tied":
+        trainers.append(Trainer(build_model(s, world), s, world))
     n, T, B = s.train_batch_tokens, s.train_seq_len, micro_batch_sequences(s, world)
     tokens = torch.randint(s.vocab_size, (2, n // T // world.size, T), device=world.device)
     batches = [part.unbind() for part in tokens.split(B, 1)]
@@ -2775,22 +2955,27 @@ def bench(s, world, artifact):
     for trainer, median in zip(trainers, medians):
         flops = flops_per_token(trainer.model, trainer.settings)
         rate = flops * n / median / world.size
-        known = re.search("H[12]00", world.hardware())
-        mfu = f"{rate / 989e12:.1%}" if known else "unknown peak"
+        mfu = "unknown peak"
+        for name, peak in PEAKS.items():
+            if name in world.hardware():
+                mfu = f"{rate / peak:.1%}"
         print(
             f"bench head:{trainer.settings.head_type} {1000 * median:.1f} ms/step"
             f" (median of 10; {n} tokens, sequence {T}) tokens/s:{n / median:.0f}"
             f" FLOP/token:{flops / 1e6:.1f}M TFLOP/s/rank:{rate / 1e12:.3f} MFU:{mfu}"
             f" time to tied:{median / medians[0]:.3f}"
         )
-    print(f"{world.hardware()}, {world.compute_dtype(s)}, torch {torch.__version__}")
+    print(f"{world.hardware()}, {world.compute_dtype(s)}, torch {torch.__version__}", end="")
+    print(f", attention {attention}")
     print(world.peak_memory())
     return 0
 
 
 def student_p(t, freedom):
-    """Two-sided p of Student's t: with t = sqrt(freedom) tan(angle), its density is a power of
-    cos(angle)."""
+    """Two-sided p of Student's t.
+
+    With t = sqrt(freedom) tan(angle), its density is a power of cos(angle).
+    """
     angle = np.linspace(0, math.pi / 2, 200_001)
     density = np.cos(angle).clip(0) ** (freedom - 1)
     return density[angle >= math.atan(abs(t) / math.sqrt(freedom))].sum() / density.sum()
@@ -2816,7 +3001,7 @@ def welch(a, b):
 
 
 def printable(text):
-    """A stranger's string without control characters and without what Markdown takes for a column."""
+    """A stranger's string without control characters and Markdown's columns."""
     return "".join(c if c.isprintable() and c != "|" else "?" for c in str(text))[:120]
 
 
@@ -2836,7 +3021,8 @@ def read_runs(pattern):
             over = run["bytes_total"] > run["settings"]["size_limit_bytes"]
             ms = 1000 * run["wallclock_seconds"] / max(run["step_stop"], 1)
             own = dict(folder=folder, over=over, ms=ms, key=configuration(run["settings"]))
-            runs.append({"chosen": [], **run, **own, "head": printable(run["head"])})
+            own["chosen"] = set(run.get("chosen", [])) & FIELDS.keys()
+            runs.append({**run, **own, "head": printable(run["head"])})
         except FileNotFoundError:
             remarks.append(f"{printable(folder)}: not finished")
         except Exception as error:  # whatever a damaged file can provoke
@@ -2848,8 +3034,7 @@ def read_runs(pattern):
 
 
 def table_rows(runs):
-    """A dict for each configuration: its runs, what tells it apart, its gain over tied; tied
-    first, then by bpb."""
+    """A dict for each configuration, its seeds together; tied first, then by mean bpb."""
     rows = []
     for run in runs:
         alike = [row for row in rows if row["key"] == run["key"]]
@@ -2897,8 +3082,7 @@ def markdown(row):
 
 
 def run_table(s, world, artifact):
-    """MODE=table: a row of Markdown for each configuration, its seeds against those of `tied`; a
-    picture."""
+    """MODE=table: a row of Markdown for each configuration, and a picture."""
     runs, remarks = read_runs(s.runs)
     if not runs:
         raise s.wrong("RUNS", "; ".join(["match a finished run", *remarks[:3]]))
@@ -2911,7 +3095,7 @@ def run_table(s, world, artifact):
         print(markdown(row))
 
     # what makes the figures less comparable than they look
-    for fact in ("source_sha256", "data_sha256", "hardware", "pytorch_version"):
+    for fact in ("source_sha256", "data_sha256", "hardware", "pytorch_version", "attention"):
         values = sorted({printable(run.get(fact))[:40] for run in runs})
         if len(values) > 1:
             remarks.append(f"the runs differ in {fact}: {', '.join(values)}")
@@ -2933,18 +3117,17 @@ def run_table(s, world, artifact):
 
 
 def draw(rows, folder):
-    """Losses by time, a colour a row, and each row's gain over tied with its 95% interval; the
-    PNG's path."""
+    """Losses by time, and each row's gain over tied with its 95% interval; the PNG's path."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     curves, gains = figure.subplots(1, 2)
     compared = [row for row in rows if row["gain"] is not None]
     for i, row in enumerate(rows):
-        label = f"{row['head']} {row['differs']}"[:60].replace("$", r"\$")
+        label = f"{row['head']} {row['differs']}"[:60].replace("$", "S")  # no mathematics
         curves.plot([], color=f"C{i}", label=label)
         for run in row["runs"]:
-            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
                 draw_run(curves, run["folder"], f"C{i}")
         if row in compared:
             place, width = compared.index(row), row["test"][2] if row["test"] else 0
@@ -2953,7 +3136,7 @@ def draw(rows, folder):
     curves.legend(fontsize=8)
     gains.axvline(0, color="grey")
     gains.set(xlabel="val_bpb less that of tied, 95% interval; left of 0 is better")
-    gains.set_yticks(range(len(compared)), [row["head"] for row in compared])
+    gains.set_yticks(range(len(compared)), [row["head"].replace("$", "S") for row in compared])
     gains.invert_yaxis()
     picture, path = io.BytesIO(), folder / "learning_curves.png"
     figure.savefig(picture, dpi=120, format="png")
@@ -2962,7 +3145,7 @@ def draw(rows, folder):
 
 
 def draw_run(axes, folder, color):
-    """A run's training loss after the first 5% of training, and its last validation loss as a dot."""
+    """A run's training loss after its first 5%, and its last validation loss as a dot."""
     points = dict(train=[], val=[])
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -2984,11 +3167,14 @@ def run(environ, world):
             f"{sys.argv[1]}: settings are environment variables; write them before the command"
         )
     world.start()
-    artifact = None
+    artifact, stored = None, {}
     for name in ("ARTIFACT", "INIT_FROM"):
         if environ.get(name):
             artifact = read_artifact(name, environ[name], world)
-    s = check_head(from_env(environ, artifact.stored if artifact else {}))
+            stored = artifact.stored
+    s = check_head(from_env(environ, stored))
+    if s.mode == "eval" and artifact is None:
+        raise s.wrong("ARTIFACT", "name an artifact to read")
     modes = dict(train=run_train, eval=run_eval, table=run_table, bench=bench)
     return modes[s.mode](s, world, artifact)
 
@@ -3012,8 +3198,7 @@ def report(error, world):
 
 
 def main():
-    """Run the chosen mode; the exit code. A user's mistake is one line on standard error and code
-    2."""
+    """Run the chosen mode; its exit code, 2 for a user's mistake."""
     world = None
     try:
         world = World(os.environ)

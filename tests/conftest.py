@@ -1,16 +1,23 @@
 """What the test files share: small models, small data, and the script run as a user runs it."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
+from unittest import mock
 
+import filelock
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
@@ -19,6 +26,8 @@ sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
 torch.set_num_threads(1)
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # a small model in this process, by field; and a small run, by environment variable
 SMALL_MODEL = dict(
@@ -59,6 +68,7 @@ SMALL_RUN = dict(
     WARMUP_STEPS=0,
     WARMDOWN_ITERS=4,
     EVAL_STRIDE=0,
+    VAL_BATCH_SIZE=2048,
     TRAIN_LOG_EVERY=1,
     COMPUTE_DTYPE="fp32",
 )
@@ -109,6 +119,56 @@ def run(cwd, *settings, ranks=0, code=0):
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, out + err
     return out if code == 0 else err
+
+
+def run_here(cwd, *settings, code=0, at=MappingProxyType({}), program=train_gpt):
+    """`run` in this process, which spares the start-up: standard output, or standard error.
+
+    `at` holds by step what is done just before it, with `world`. Signals are not listened to:
+    `stop` stands for one.
+    """
+    step = program.Trainer.step
+
+    def step_with_action(trainer, batches, scale, share):
+        if trainer.steps in at:
+            at[trainer.steps](trainer.world)
+        return step(trainer, batches, scale, share)
+
+    locks, new_lock = [], filelock.FileLock
+
+    def lock(path):
+        locks.append(new_lock(path))
+        return locks[-1]
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        mock.patch.dict(os.environ, environment(*settings), clear=True),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["train_gpt.py"])
+        patch.setattr(signal, "signal", lambda number, handler: None)
+        patch.setattr(program.Trainer, "step", step_with_action)
+        patch.setattr(filelock, "FileLock", lock)
+        try:
+            found = program.main()
+        finally:  # a process would end here, and its locks with it
+            for held in locks:
+                held.release(force=True)
+    assert found == code, out.getvalue() + err.getvalue()
+    return out.getvalue() if code == 0 else err.getvalue()
+
+
+def stop(world):
+    """What SIGTERM does."""
+    world.signal = signal.SIGTERM
+
+
+def last_line(folder):
+    """The last line of a run's log: why it ended."""
+    return (folder / "train.log").read_text().splitlines()[-1]
 
 
 def losses(folder):

@@ -1,114 +1,73 @@
-"""The export's grid, its size against the cap, its round trip, late QAT on it, and what a hostile file can do."""
+"""The export's grid, its fit under the cap, the file and its readers, late QAT on the grid, and what a hostile file can do."""
 
 import copy
-import dataclasses
-import functools
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import resource
 import struct
-import tempfile
-import time
+import subprocess
+import sys
 import tracemalloc
 import zlib
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import zstandard
+from conftest import ROOT, cpu_world, environment, from_env, run, small
 from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 import train_gpt
 from train_gpt import (
+    COARSEST,
+    FIELDS,
     FINEST,
     GPT,
     HEADS,
     LARGEST,
-    LONGEST_HEADER,
     MAGIC,
+    PLAIN_ABOVE,
+    ROLES,
+    STORED,
     VARIANTS,
+    VERSION,
     Hyperparameters,
     UserError,
-    World,
+    artifact_weights,
     build_model,
+    decode_floats,
+    decode_integers,
+    dequantized,
     encode,
+    encode_floats,
+    encode_integers,
+    encode_payload,
+    fit,
+    fit_sample,
     from_codes,
-    integer_bytes,
+    open_artifact,
     pack,
     quantized,
     read_artifact,
-    read_integers,
-    read_payloads,
+    rounded_weights,
     to_codes,
-    unpack,
-    write_payloads,
 )
 
-SMALL = dict(
-    vocab_size=64,
-    num_layers=3,
-    model_dim=32,
-    num_heads=2,
-    num_kv_heads=1,
-    rope_dims=4,
-    bigram_vocab_size=40,
-    bigram_dim=16,
-    ve_dim=16,
-    ve_layers="1",
-    xsa_last_n=1,
-    train_seq_len=16,
-    train_batch_tokens=64,
-    head_rank=16,
-    head_dim=16,
-    eval_stride=8,
-    compile="0",
-    compute_dtype="fp32",
-)
-ROLES = ("matrix", "table", "tied", "vocab")  # scalars are not rounded
 CODECS = ("zlib", "zstd")
-LIMIT = 16_000_000
-
-
-def small(**changes):
-    return dataclasses.replace(Hyperparameters(), **{**SMALL, **changes})
-
-
-def need_codec(codec):
-    return pytest.importorskip("zstandard") if codec == "zstd" else None
-
-
-def cpu_world():
-    world = World()
-    world.device = torch.device("cpu")
-    return world
-
-
-def head_settings(name):
-    """Of "mos" or "mos/pr908"."""
-    head, _, variant = name.partition("/")
-    return dict(head_type=head, head_variant=variant)
-
-
-def random_model(**changes):
-    torch.manual_seed(0)
-    model = GPT(small(**changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
-
-
-def whole(model, settings, step=FINEST):
-    """The artifact of a model."""
-    return encode(model.state_dict(), train_gpt.parameter_roles(model), settings, step)
+ON_GRID = ("matrix", "table", "tied", "head_vocab")  # a role of each fineness
+ALL_HEADS = [*HEADS, *VARIANTS]
+STEPS = (FINEST, 0.13, 0.6, 1.1 * PLAIN_ABOVE, COARSEST)  # the last two: plain rounding of matrices
+each_codec = pytest.mark.parametrize("codec", CODECS)
+quick = budget(max_examples=60, deadline=None, derandomize=True)
 
 
 def gaussian(rows=768, columns=512, seed=0):
@@ -121,85 +80,109 @@ def student_t(rows=768, columns=512, seed=0):
 
 
 KINDS = dict(gaussian=gaussian, student_t=student_t)
-each_kind = pytest.mark.parametrize("kind", KINDS)
-each_role = pytest.mark.parametrize("role", ROLES)
-each_codec = pytest.mark.parametrize("codec", CODECS)
 
 
-def packed(weight, limit, codec="zlib", role="matrix"):
-    return pack({"w": weight}, {"w": role}, small(compress_algo=codec), limit)
+def head_settings(name):
+    """Of "mos" or "mos/pr908"."""
+    head, _, variant = name.partition("/")
+    return dict(head_type=head, head_variant=variant)
 
 
-def codes_and_scale(weight, role, step, hessian=None):
+def random_model(**changes):
+    """A small model none of whose weights is a round number."""
+    torch.manual_seed(0)
+    model = GPT(small(**changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def weights_of(model):
+    """Its weights and their roles, by name."""
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return state, model.parameter_roles()
+
+
+def artifact_of(model, step=FINEST, **changes):
+    return encode(*weights_of(model), small(**changes), step)
+
+
+def opened(blob):
+    return artifact_weights(open_artifact("ARTIFACT=x", blob))
+
+
+def codes_and_scale(weight, role, step):
     """Of one matrix or stack, as rows."""
-    hessians = {} if hessian is None else {"w": hessian}
-    ((_, (codes,), (scale,)),) = quantized({"w": weight}, {"w": role}, step, hessians)
+    ((_, (codes,), (scale,)),) = quantized({"w": weight}, {"w": role}, step)
     return codes, scale.item()
 
 
-def on_grid(weight, role, step, hessian=None):
+def on_grid(weight, role, step):
     """The weight as it will be after export at this step."""
-    codes, scale = codes_and_scale(weight, role, step, hessian)
-    return (from_codes(codes) * scale).view_as(weight)
-
-
-def payload_bytes(weight, role, step, codec="zlib"):
-    return sum(map(len, write_payloads({"w": weight}, {"w": role}, step, codec)))
-
-
-def stored_and_read(weight, role, step, codec="zlib"):
-    state, roles = {"w": weight}, {"w": role}
-    return read_payloads(write_payloads(state, roles, step, codec), codec, state, roles)["w"]
+    ((_, codes, scale),) = quantized({"w": weight}, {"w": role}, step)
+    return dequantized(codes, scale).view_as(weight)
 
 
 def as_exported(weight, role, step):
-    """The design's rule: scalars exactly, whatever their shape; all else on the grid of its role."""
-    return weight if role == "scalar" else on_grid(weight, role, step)
+    """The rule: scalars exactly, whatever their shape; all else on the grid of its role."""
+    return on_grid(weight, role, step) if ROLES[role].finer else weight
+
+
+def payload_bytes(weight, role, step, codec="zlib"):
+    return len(encode_payload({"w": weight}, {"w": role}, step, codec))
+
+
+def packed(weight, limit, codec="zlib"):
+    return pack({"w": weight}, {"w": "matrix"}, small(compress_algo=codec), limit)
 
 
 def error_of(found, weight):
     return ((found - weight).square().sum() / weight.square().sum()).item()
 
 
-# ---- The grid --------------------------------------------------------------------------------------------------------
+def bits_each(integers):
+    """Their entropy of order 0."""
+    _, counts = np.unique(integers.numpy(), return_counts=True)
+    return -(counts * np.log2(counts / counts.sum())).sum() / counts.sum()
+
+
+# ---- the grid ----
 
 
 def roots():
-    """The 240 shortest vectors of E8: whoever is nearer than each of them to a point is in its Voronoi cell."""
-    whole = [
-        [i == j and a or i == k and b for i in range(8)]
-        for j in range(8)
-        for k in range(j)
-        for a in (-1, 1)
-        for b in (-1, 1)
-    ]
+    """The 240 shortest vectors of E8: a point nearer to x than all its neighbours is the nearest of all."""
+    pairs = list(itertools.combinations(range(8), 2))
+    whole = torch.zeros(len(pairs), 4, 8, dtype=torch.float64)
+    for (i, j), vectors in zip(pairs, whole):
+        vectors[:, i] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+        vectors[:, j] = torch.tensor([1.0, -1.0, 1.0, -1.0])
     half = [signs for signs in itertools.product((-0.5, 0.5), repeat=8) if sum(signs) % 2 == 0]
-    return torch.tensor(whole + half, dtype=torch.float64)
+    return torch.cat((whole.view(-1, 8), torch.tensor(half, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("spread", [0.3, 2.0, 50.0])
-def test_the_point_of_the_codes_is_the_nearest_one_of_the_lattice(spread):
-    x = spread * torch.randn(8, 500, generator=torch.Generator().manual_seed(0))
-    points = from_codes(to_codes(x))
-    twice = (2 * points).long()
-    assert len(roots()) == 240 and torch.equal(twice, (2 * points).round())
-    assert ((twice % 2 == twice[0] % 2).all(0)).all() and (
-        points.sum(0) % 2 == 0
-    ).all()  # all whole or all half, of even sum
-    miss = (x - points).double()
-    others = (miss.T[:, None] - roots()).square().sum(-1)
-    assert (miss.square().sum(0)[:, None] <= others + 1e-4).all()
+def test_the_point_of_the_codes_is_the_nearest_one_of_the_lattice():
+    assert len(roots()) == 240 and (roots().square().sum(1) == 2).all()
+    for spread in (0.3, 2.0, 50.0):
+        x = spread * gaussian(24, 200)
+        points = from_codes(to_codes(x)).view(3, 8, -1)
+        twice = (2 * points).long()
+        assert torch.equal(twice, 2 * points)
+        assert (twice % 2 == twice[:, :1] % 2).all(), "neither all whole nor all half"
+        assert (points.sum(1) % 2 == 0).all()
+        miss = (x.view_as(points) - points).transpose(1, 2).reshape(-1, 1, 8).double()
+        others = (miss - roots()).square().sum(-1)
+        assert (miss.square().sum(-1) <= others + 1e-4).all()
 
 
 def test_the_lattice_saves_the_fourteen_percent_of_its_second_moment():
     """0.0716821 a dimension (Conway and Sloane, Sphere Packings, table 2.3) against 1 / 12."""
     x = 100 * torch.rand(8, 40000, generator=torch.Generator().manual_seed(0))
-    assert (from_codes(to_codes(x)) - x).square().mean().item() == pytest.approx(
-        0.0716821, rel=0.01
-    )
+    second_moment = (from_codes(to_codes(x)) - x).square().mean().item()
+    assert second_moment == pytest.approx(0.0716821, rel=0.01)
 
 
-@budget(max_examples=60, deadline=None, derandomize=True)
+@quick
 @given(
     st.integers(1, 3),
     st.integers(1, 40),
@@ -210,318 +193,283 @@ def test_the_lattice_saves_the_fourteen_percent_of_its_second_moment():
 def test_any_codes_have_points_whose_codes_they_are(stacked, rows, columns, largest, seed):
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(-largest, largest + 1, (stacked, rows, columns), generator=draw).float()
-    points = from_codes(codes.clone())
+    points, whole = from_codes(codes.clone()), rows // 8 * 8
     assert torch.equal(to_codes(points), codes)
-    assert torch.equal(
-        points[:, rows // 8 * 8 :], codes[:, rows // 8 * 8 :]
-    )  # the last, fewer than eight rows are plain integers
+    assert torch.equal(points[:, whole:], codes[:, whole:])  # the last, fewer than eight rows
+    eights = points[:, :whole].unflatten(1, (-1, 8))
+    assert (eights.sum(2) % 2 == 0).all() and ((eights - eights[:, :, :1]) % 1 == 0).all()
 
 
-@each_role
-@pytest.mark.parametrize("step", [FINEST, 0.05, 0.15, 1.0, 8.0])
-@each_kind
-def test_no_weight_is_clipped_and_eight_are_within_a_step_of_their_point(kind, step, role):
-    for seed in range(3):
-        w = KINDS[kind](203, 64, seed)
-        w[5, 3] = 3e5  # an outlier
-        q, scale = codes_and_scale(w, role, step)
-        assert torch.equal(q, q.round()) and q.abs().max() < 2**15
+def test_no_weight_is_clipped_and_eight_are_within_a_step_of_their_point():
+    cases = itertools.product(KINDS, ON_GRID, STEPS)
+    for kind, role, step in cases:
+        w = KINDS[kind](203, 64)
+        w[5, 3] = 3e4  # an outlier
+        codes, scale = codes_and_scale(w, role, step)
+        assert torch.equal(codes, codes.round()) and codes.abs().max() < 2**15
         miss = (on_grid(w, role, step) - w) / scale
         slack = 1e-6 * (w / scale).abs().max()  # of float32
-        assert (
-            miss[:200].view(25, 8, 64).square().sum(1).max() <= (1 + slack) ** 2
-        )  # E8's covering radius
-        assert miss[200:].abs().max() <= 0.5 + slack
+        eights = miss[:200].view(25, 8, 64).square().sum(1)
+        assert eights.max() <= (1 + slack) ** 2 or scale < 0  # 1 is E8's covering radius
+        assert miss[200 * (scale > 0) :].abs().max() <= 0.5 + slack
 
 
-@each_role
-@pytest.mark.parametrize("kind", [*KINDS, "sign"])
-def test_the_finest_step_is_finer_than_plain_int8(kind, role):
+def test_the_finest_step_is_finer_than_plain_int8():
     """Integers of 8 bits on a scale by the largest entry, whatever the row."""
-    w = torch.sign(gaussian()) if kind == "sign" else KINDS[kind]()
-    scale = w.abs().amax(1, keepdim=True) / 127
-    off = w + 0.4 * scale * (kind == "sign")  # plain int8 is exact for signs alone
-    plain = (off / scale).round() * scale
-    assert error_of(on_grid(off, role, FINEST), off) < error_of(plain, off)
+    for role, kind in itertools.product(ON_GRID, [*KINDS, "sign"]):
+        w = torch.sign(gaussian(256, 256)) if kind == "sign" else KINDS[kind](256, 256)
+        scale = w.abs().amax(1, keepdim=True) / 127
+        off = w + 0.4 * scale * (kind == "sign")  # plain int8 is exact for signs alone
+        plain = (off / scale).round() * scale
+        assert error_of(on_grid(off, role, FINEST), off) < error_of(plain, off), (role, kind)
 
 
-@each_role
-@pytest.mark.parametrize("step", [FINEST, 0.2])
-def test_the_relative_error_does_not_depend_on_a_matrix_s_size_or_its_neighbours(role, step):
+def test_the_relative_error_depends_neither_on_a_matrix_s_size_nor_on_its_neighbours():
     """No floor: down to what float32 can hold."""
     w = gaussian(43, 64)
-    usual = on_grid(w, role, step)
-    for power in (-109, -90, -30, 30, 90):
-        state = {"w": w * 2.0**power, "alike": w, "noise": gaussian(43, 64, seed=1)}
-        ((names, codes, scales),) = quantized(state, dict.fromkeys(state, role), step)
-        found = dict(zip(names, from_codes(codes) * scales))
-        torch.testing.assert_close(found["w"] / 2.0**power, usual, rtol=0, atol=0)
-        torch.testing.assert_close(found["alike"], usual, rtol=0, atol=0)
+    for role, step in itertools.product(ON_GRID, STEPS):
+        usual = on_grid(w, role, step)
+        for power in (-109, -90, -30, 30, 90):
+            state = {"w": w * 2.0**power, "alike": w, "noise": gaussian(43, 64, seed=1)}
+            ((names, codes, scales),) = quantized(state, dict.fromkeys(state, role), step)
+            found = dict(zip(names, dequantized(codes, scales)))
+            assert torch.equal(found["w"] / 2.0**power, usual), (role, step, power)
+            assert torch.equal(found["alike"], usual), (role, step, power)
 
 
-@each_role
-def test_a_matrix_of_zeros_stays_zero(role):
-    for step in (FINEST, 0.3):
-        for zeros in (torch.zeros(20, 32), torch.zeros(3, 32)):
-            found = on_grid(zeros, role, step)
-            assert not found.any() and torch.isfinite(found).all()
-
-
-def test_a_stack_is_rounded_as_its_matrices_and_what_makes_logits_more_finely():
-    w = gaussian(72, 32).view(3, 24, 32)
-    torch.testing.assert_close(
-        on_grid(w, "matrix", 0.2), on_grid(w.view(72, 32), "matrix", 0.2).view_as(w), rtol=0, atol=0
-    )
-    for role, gain in (("table", 3), ("tied", 200), ("vocab", 50)):
-        assert error_of(on_grid(w, role, 0.2), w) < error_of(on_grid(w, "matrix", 0.2), w) / gain, (
-            role
-        )
+def test_a_matrix_of_zeros_stays_zero():
+    for role, step, shape in itertools.product(ON_GRID, STEPS, [(20, 32), (3, 32)]):
+        found = on_grid(torch.zeros(shape), role, step)
+        assert not found.any() and found.isfinite().all()
 
 
 def test_matrices_rounded_together_are_rounded_as_alone():
-    state = {
-        name: gaussian(*shape)
-        for name, shape in dict(a=(40, 16), b=(16, 40), c=(40, 16), s=(3, 3), d=(40, 16)).items()
-    }
-    roles = dict(a="matrix", b="matrix", c="matrix", d="tied", s="scalar")
+    """Stacks are of one role and shape; a stack of matrices has one scale."""
+    shapes = dict(a=(40, 16), b=(16, 40), c=(40, 16), s=(3, 3), d=(40, 16), e=(3, 24, 16))
+    state = {name: torch.randn(shape) for name, shape in shapes.items()}
+    state["c"] *= 100
+    roles = dict(a="matrix", b="matrix", c="matrix", d="tied", e="matrix", s="scalar")
     stacks = [*quantized(state, roles, 0.2)]
-    assert sorted(names for names, _, _ in stacks) == [["a", "c"], ["b"], ["d"]]
+    assert sorted(names for names, _, _ in stacks) == [["a", "c"], ["b"], ["d"], ["e"]]
     for names, codes, scales in stacks:
         for name, code, scale in zip(names, codes, scales):
-            alone = codes_and_scale(state[name], roles[name], 0.2)
+            rows = state[name].view(-1, state[name].size(-1))
+            alone = codes_and_scale(rows, roles[name], 0.2)
             assert torch.equal(code, alone[0]) and scale.item() == alone[1], name
 
 
-# ---- GPTQ ------------------------------------------------------------------------------------------------------------
+def test_a_role_s_grid_is_finer_than_the_matrices_and_less_so_for_a_large_vocabulary():
+    """Squared errors go with the square of the step, on fine grids."""
+    for rows, tied, vocab in ((72, 16, 8), (1024, 16, 8), (2048, 8, 4), (8192, 2, 1)):
+        w = gaussian(rows, 16)
+        expected = dict(table=2, tied=tied, head_vocab=vocab, head_matrix=1)
+        for role, finer in expected.items():
+            times = error_of(on_grid(w, "matrix", 0.1), w) / error_of(on_grid(w, role, 0.1), w)
+            assert times == pytest.approx(finer**2, rel=0.1), (role, rows)
 
 
-def correlated(columns, seed=0, rank=None):
-    """sum x x^T over inputs whose channels are correlated and of very different sizes, and the inputs."""
-    draw = torch.Generator().manual_seed(seed)
-    mix = torch.randn(rank or columns, columns, generator=draw) * torch.logspace(-1, 1, columns)
-    x = torch.randn(4 * columns, rank or columns, generator=draw) @ mix
-    return x.T @ x, x
+def test_the_embedding_is_on_the_finest_grid_exactly_where_it_makes_the_logits():
+    for name in ALL_HEADS:
+        model = random_model(**head_settings(name))
+        x, h, E = torch.arange(9), torch.randn(9, 32), model.tok_emb.weight.detach()
+        with torch.no_grad():
+            logits, others = (model.head.log_probs(h, x, table) for table in (E, E.flip(0)))
+        role = "table" if torch.equal(logits, others) else "tied"
+        assert model.parameter_roles()["tok_emb.weight"] == role, name
 
 
-def output_error(found, w, x):
-    return ((x @ (found - w).T).square().sum() / (x @ w.T).square().sum()).item()
+def test_steps_above_plain_above_round_plainly_and_say_so_by_a_negative_scale():
+    """The step that counts is a matrix's own, after its role's fineness."""
+    w = gaussian(40, 24)
+    rms = w.double().square().mean().sqrt()
+    for role in ON_GRID:
+        finer = ROLES[role].finer
+        for own in (0.9 * PLAIN_ABOVE, PLAIN_ABOVE, 1.1 * PLAIN_ABOVE, 2 * PLAIN_ABOVE):
+            codes, scale = codes_and_scale(w, role, own * finer)
+            size = (own * rms).float()
+            plain = own > PLAIN_ABOVE
+            assert scale == (-size if plain else size), (role, own)
+            assert torch.equal(codes, (w / size).round()) == plain, (role, own)
+            if plain:
+                assert torch.equal(on_grid(w, role, own * finer), codes * size)
 
 
-@pytest.mark.parametrize("step", [0.05, 0.2, 0.6])
-@pytest.mark.parametrize("columns", [20, 32, 33, 150])
-def test_gptq_at_least_halves_the_error_of_the_outputs_of_correlated_inputs(columns, step):
-    w = gaussian(64, columns)
-    H, x = correlated(columns, rank=columns // 2)
-    assert output_error(on_grid(w, "matrix", step, H), w, x) < 0.5 * output_error(
-        on_grid(w, "matrix", step), w, x
-    )
+def test_the_lattice_pays_at_equal_entropy_up_to_about_plain_above():
+    """Its squared error over that of plain rounding at as many bits, for Gaussian weights."""
+    w = gaussian(1024, 512)
+    steps = np.geomspace(0.08, 2.5, 40)
+    plain = [(w / step).round() for step in steps]
+    bits = [-bits_each(codes) for codes in plain]  # ascending
+    errors = [math.log(error_of(codes * step, w)) for codes, step in zip(plain, steps)]
+
+    def ratio(step):
+        codes = to_codes(w / step)
+        at_equal_bits = math.exp(np.interp(-bits_each(codes), bits, errors))
+        return error_of(from_codes(codes) * step, w) / at_equal_bits
+
+    assert ratio(0.1) < 0.865 and ratio(0.3) < 0.87 and ratio(0.6) < 0.89 and ratio(1.0) < 0.93
+    assert ratio(1.5) > 1 and ratio(PLAIN_ABOVE) == pytest.approx(1, abs=0.04)
 
 
-def test_gptq_of_inputs_alike_and_uncorrelated_is_plain_rounding():
-    w = gaussian(64, 96)
-    assert torch.equal(
-        codes_and_scale(w, "matrix", 0.2, 3.0 * torch.eye(96))[0],
-        codes_and_scale(w, "matrix", 0.2)[0],
-    )
-
-
-def plain_gptq(w, H):
-    """Frantar et al. 2022, equation (3), without blocks or a Cholesky factor: the inverse of what remains, column by column."""
-    w, order = w.double(), H.diagonal().argsort(descending=True).tolist()
-    H = H.double() + 0.01 * H.diagonal().double().mean() * torch.eye(len(H), dtype=torch.float64)
-    codes = torch.empty_like(w)
-    for i, column in enumerate(order):
-        rest = order[i:]
-        inverse = torch.linalg.inv(H[rest][:, rest])
-        codes[:, column] = to_codes(w[:, column, None])[:, 0]
-        error = (w[:, column] - from_codes(codes[:, column, None].clone())[:, 0]) / inverse[0, 0]
-        w[:, rest[1:]] -= error[:, None] * inverse[0, 1:]
-    return codes
-
-
-def test_gptq_is_the_paper_s_column_by_column_rule():
-    H, _ = correlated(70)
-    exact = 4 * gaussian(24, 70)
-    found = train_gpt.gptq(exact[None].double(), H[None])[0]
-    assert torch.equal(found, plain_gptq(exact, H))
-
-
-def test_gptq_of_a_stack_is_that_of_its_matrices_and_survives_inputs_that_never_vary():
-    w = gaussian(48, 40).view(3, 16, 40)
-    hessians = [correlated(40)[0], torch.zeros(40, 40), correlated(40, rank=1)[0]]
-    together = train_gpt.gptq(6 * w, torch.stack(hessians))
-    for m, H, found in zip(w, hessians, together):
-        assert (
-            torch.equal(found, train_gpt.gptq(6 * m[None], H[None])[0]) and found.isfinite().all()
-        )
-
-
-def test_calibration_sums_the_inputs_of_every_linear_and_of_the_logits(demo):
-    s = small(
-        vocab_size=1024,
-        train_seq_len=64,
-        train_batch_tokens=2**15,
-        data_path=str(demo),
-        head_type="bigram",
-    )
-    shards, world = train_gpt.Shards(demo, "train", 1024), cpu_world()
-    trainer = train_gpt.Trainer(build_model(s, world), s, world)
-    found, seen = trainer.hessians(shards), {}
-    model = build_model(s, world, trainer.exported())
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, train_gpt.Linear)
-    }
-    for name, module in linears.items():
-        module.register_forward_pre_hook(
-            lambda _, inputs, name=name: seen.setdefault(f"{name}.weight", []).append(inputs[0])
-        )
-    with torch.no_grad():
-        for step in (0, 1):  # 65,536 tokens
-            for x, _ in train_gpt.train_batch(shards, step, s, world):
-                seen.setdefault("tok_emb.weight", []).append(model.hidden(x))
-    assert (
-        found.keys() == seen.keys() == {"tok_emb.weight", *(f"{name}.weight" for name in linears)}
-    )
-    for name, inputs in seen.items():
-        x = torch.cat([part.flatten(0, -2) for part in inputs])
-        assert len(x) == 2**16
-        torch.testing.assert_close(found[name], x.T @ x, rtol=1e-4, atol=1e-3)
-
-
-def test_an_artifact_by_gptq_meets_its_limit_and_loses_less():
-    model = random_model(model_dim=64, vocab_size=64, head_type="tied")
-    state, roles, s = model.state_dict(), train_gpt.parameter_roles(model), small(model_dim=64)
-    hessians = {
-        name: correlated(weight.size(-1), rank=weight.size(-1) // 2)[0]
-        for name, weight in state.items()
-        if roles[name] == "matrix"
-    }
-    limit = int(0.6 * len(pack(state, roles, s, 10**9)[0]))
-    (plain, _), (blob, _) = pack(state, roles, s, limit), pack(state, roles, s, limit, hessians)
-    assert 0.995 * limit <= len(blob) <= limit and pack(state, roles, s, limit, hessians)[0] == blob
-    found, usual = unpack(blob)[1], unpack(plain)[1]
-    for name in hessians:
-        x = correlated(state[name].size(-1), rank=state[name].size(-1) // 2)[1]
-        assert output_error(found[name], state[name], x) < 0.5 * output_error(
-            usual[name], state[name], x
-        ), name
-
-
-def test_only_what_makes_logits_has_the_fine_role():
-    for head in (*HEADS, *VARIANTS):
-        model = random_model(**head_settings(head))
-        roles = train_gpt.parameter_roles(model)
-        unused = head in ("untied", "factorized", "simplex") or head.endswith("pr908")
-        assert roles["tok_emb.weight"] == ("table" if unused else "tied"), head
-        assert {role for name, role in roles.items() if ".table." in name} == {"table"}
-
-
-# ---- Size ------------------------------------------------------------------------------------------------------------
+# ---- the fit ----
 
 
 @each_codec
-@each_kind
-def test_pack_uses_the_limit_to_within_half_a_percent_and_is_deterministic(kind, codec):
-    need_codec(codec)
-    w = KINDS[kind]()
-    plain = len(packed(w, 10**9, codec)[0])
-    for share in (0.9, 0.7, 0.5, 0.3):
-        limit = int(share * plain)
-        blob, step = packed(w, limit, codec)
-        assert 0.995 * limit <= len(blob) <= limit and step > FINEST
-    assert packed(w, limit, codec) == (blob, step)
+def test_pack_uses_the_limit_to_a_fifth_of_a_percent_and_is_deterministic(codec):
+    for kind in KINDS:
+        w = KINDS[kind](512, 256)
+        finest = len(packed(w, 10**9, codec)[0])
+        for share in (0.8, 0.4):
+            limit = int(share * finest)
+            blob, step = packed(w, limit, codec)
+            assert 0.998 * limit <= len(blob) <= limit and FINEST < step < COARSEST, (kind, share)
+        assert packed(w, limit, codec) == (blob, step)
+
+
+def test_a_whole_model_also_meets_its_limit():
+    s = small(model_dim=64, vocab_size=256, head_type="mos", head_rank=16)
+    torch.manual_seed(0)
+    state, roles = weights_of(GPT(s))
+    finest = len(pack(state, roles, s, 10**9)[0])
+    for share in (0.8, 0.5):
+        blob, step = pack(state, roles, s, int(share * finest))
+        assert 0.995 * share * finest <= len(blob) <= share * finest
+        assert blob == encode(state, roles, s, step)
 
 
 @each_codec
-@pytest.mark.parametrize("slack", [0, 1, 10**6])
-def test_pack_takes_the_finest_step_where_that_fits(slack, codec):
-    need_codec(codec)
+def test_pack_takes_the_finest_step_where_that_fits_and_no_other(codec):
     w = gaussian(200, 100)
     blob, step = packed(w, 10**9, codec)
     assert step == FINEST
-    assert packed(w, len(blob) + slack, codec) == (blob, FINEST)
-    assert packed(w, len(blob) - 1, codec)[1] > FINEST
+    for slack in (0, 1, 10**6):
+        assert packed(w, len(blob) + slack, codec) == (blob, FINEST)
+    smaller, step = packed(w, len(blob) - 1, codec)
+    assert step > FINEST and len(smaller) < len(blob)
 
 
-def test_the_fit_finds_the_finest_step_and_says_where_there_is_none():
+def test_the_fit_finds_the_finest_step_of_any_smooth_size():
     for scale in (1, 1e3, 1e9):
 
         def size(step, scale=scale):
             return scale * (100 - 7 * math.log2(step) + step**-0.5)
 
-        for step in (0.01, 0.1, 1.0, 5.0):
-            found = train_gpt.fit(size, size(step))
-            assert step <= found and 0.999 * size(step) <= size(found) <= size(step)
+        for step in (1.01 * FINEST, 0.01, 0.1, 1.0, 5.0, COARSEST):
+            found = fit(size, size(step))
+            assert step <= found * (1 + 1e-9)
+            assert 0.999 * size(step) <= size(found) <= size(step)
 
         def shelf(step, scale=scale):  # as where the largest entry and not the step sets the scale
             return scale * (100 if step < 0.3 else 30 / step)
 
-        assert 0.999 * 99 * scale <= shelf(train_gpt.fit(shelf, 99 * scale)) <= 99 * scale
-        assert train_gpt.fit(size, size(FINEST)) == FINEST == train_gpt.fit(size, 1e30)
-        assert train_gpt.fit(size, 0.9 * size(train_gpt.COARSEST)) == train_gpt.COARSEST
+        assert 0.999 * 99 * scale <= shelf(fit(shelf, 99 * scale)) <= 99 * scale
 
 
-def test_a_mixed_model_also_meets_its_limit():
-    model = random_model(model_dim=128, vocab_size=512, bigram_vocab_size=512, head_type="mos")
-    state, roles, s = model.state_dict(), train_gpt.parameter_roles(model), small()
-    limit = int(0.6 * len(pack(state, roles, s, 10**9)[0]))
-    assert 0.995 * limit <= len(pack(state, roles, s, limit)[0]) <= limit
+def test_the_fit_at_its_ends():
+    """The finest step where it fits; the coarsest where nothing does; few sizes are ever computed."""
 
+    def size(step):
+        sizes.append(step)
+        return 100 / step
 
-def entropy(integers):
-    """Of order 0, in bytes for all of them."""
-    _, counts = np.unique(integers.numpy(), return_counts=True)
-    return -(counts * np.log2(counts / counts.sum())).sum() / 8
-
-
-@each_codec
-@each_role
-@each_kind
-@pytest.mark.parametrize("step", [FINEST, 0.03, 0.05, 0.12, 0.158, 0.3])
-def test_payloads_are_near_the_order_0_entropy_of_the_integers(step, kind, role, codec):
-    """Within 1.5% for deflate, 1.7% where an integer has less than 4 bits; 3% for zstd, whose Huffman tables cost a little more."""
-    need_codec(codec)
-    w = KINDS[kind](1024, 512)
-    ideal = entropy(codes_and_scale(w, role, step)[0])
-    allowed = dict(zlib=1.015 if ideal >= w.numel() / 2 else 1.017, zstd=1.03)[codec]
-    assert payload_bytes(w, role, step, codec) <= allowed * ideal
-
-
-@each_codec
-@pytest.mark.parametrize("step", [0.1, 0.158, 0.3])
-def test_payloads_of_a_model_are_near_the_order_0_entropy_of_its_integers(step, codec):
-    """All tensors together, at the study's shares of roles (heavy tails)."""
-    need_codec(codec)
-    state, roles, ideal = {}, {}, 0
-    for i, (role, rows) in enumerate(
-        [*[("matrix", 1536)] * 8, ("table", 512), ("tied", 256), ("scalar", 8)]
+    for limit, expected in (
+        (100 / FINEST, FINEST),
+        (math.inf, FINEST),
+        (100 / COARSEST, COARSEST),
+        (99 / COARSEST, COARSEST),
+        (0, COARSEST),
+        (-1e6, COARSEST),
     ):
-        state[f"{i}"], roles[f"{i}"] = student_t(rows, 512, seed=i), role
-        ideal += (
-            2048 * rows
-            if role == "scalar"
-            else entropy(codes_and_scale(state[f"{i}"], role, step)[0])
-        )
-    assert (
-        sum(map(len, write_payloads(state, roles, step, codec)))
-        <= dict(zlib=1.015, zstd=1.03)[codec] * ideal
-    )
+        sizes = []
+        assert fit(size, limit) == pytest.approx(expected, rel=1e-3), limit
+        assert len(sizes) < 40 and all(FINEST <= step <= COARSEST for step in sizes)
 
 
-QUANTIZERS = {  # levels, clipping quantile, codec at its highest level: study A with either codec, study B
-    "int6 zlib": (31, 1.0, "zlib"),
-    "int6 zstd": (31, 1.0, "zstd"),
-    "int8 zlib": (127, 0.9999984, "zlib"),
-}
-SHORT = {  # where the 25% are not reached, what was measured, and why
-    (
-        "student_t",
-        0.04,
-        "int6 zstd",
-    ): "19%: their floor makes an even grid of 2 levels a deviation, as ours is; the rest is E8"
-}
+def test_the_fit_keeps_to_the_limit_where_sizes_jump_or_fall_and_rise():
+    """It need not be the finest step there, but it fits, and is no octave coarser than the first that does."""
+
+    def jump(step):
+        return 100 if step < 0.2 else 10
+
+    def comb(step):  # on every fifth of an octave a grid that the weights lie on already
+        return 50 / step * (0.5 if round(50 * math.log2(step)) % 10 == 0 else 1)
+
+    def dip(step):  # fits in one place far below the others
+        return 30 if abs(step - 2**-5) < 1e-9 else 100 / (1 + step)
+
+    assert 0.2 <= fit(jump, 50) < 0.2 * 1.001
+    for limit in (60, 300, 1000):
+        assert comb(fit(comb, limit)) <= limit and fit(comb, limit) <= 2 * 50 / limit
+    assert fit(dip, 40) <= 2**-5
+
+
+@each_codec
+def test_weights_that_lie_on_an_artifact_s_grid_already_keep_about_its_step(codec):
+    """As when a run is packed that started from an artifact. The finest grids cost them less than middling ones."""
+    s = small(model_dim=64, vocab_size=128, compress_algo=codec)
+    state, roles = weights_of(random_model(model_dim=64, vocab_size=128))
+    finest = len(pack(state, roles, s, 10**9)[0])
+    for share in (0.7, 0.35):
+        limit = int(share * finest)
+        blob, step = pack(state, roles, s, limit)
+        again, step_again = pack(opened(blob), roles, s, limit)
+        assert len(again) <= limit
+        assert step_again < 1.2 * step, (share, step, step_again)
+        for name, weight in opened(again).items():
+            assert error_of(weight, state[name]) < 0.1, name
+
+
+def test_late_qat_trains_through_the_step_at_which_the_present_weights_would_fit():
+    s = small(size_limit_bytes=len(train_gpt.source()) + 30_000, use_ema=True)
+    trainer = train_gpt.Trainer(random_model(), s, cpu_world())
+    with torch.no_grad():
+        for p in trainer.parameters:  # the average is still of the weights before
+            p.add_(torch.randn_like(p))
+    state, roles = weights_of(trainer.model)
+    trainer.start_late_qat(train_gpt.RunLog(None))
+    expected = fit(lambda step: len(encode_payload(state, roles, step, "zlib")), 30_000)
+    assert trainer.grid == expected and FINEST < expected < COARSEST
+
+
+def test_a_sample_of_the_rows_of_a_large_model_tells_its_step():
+    """Also where the vocabulary is large: its grid depends on the number of its rows."""
+    matrices = [("matrix", (768, 512)), ("matrix", (512, 768)), ("tied", (4096, 128))]
+    shapes = [*matrices, ("scalar", (9,))]
+    state = {str(i): torch.randn(shape) for i, (_, shape) in enumerate(shapes)}
+    roles = {str(i): role for i, (role, _) in enumerate(shapes)}
+    count = sum(weight.numel() for weight in state.values())
+    with mock.patch.object(train_gpt, "encode_payload", wraps=encode_payload) as encoded:
+        found = fit_sample(state, roles, "zlib", 700_000)
+    assert sum(w.numel() for w in encoded.call_args.args[0].values()) < 0.6 * count
+    exact = fit(lambda step: len(encode_payload(state, roles, step, "zlib")), 700_000)
+    assert found == pytest.approx(exact, rel=0.02)
+
+
+@each_codec
+def test_payloads_are_near_the_order_0_entropy_of_the_integers(codec):
+    """Within 1.5% for deflate, 1.7% where an integer has less than 4 bits; 3% for zstd's Huffman tables."""
+    for kind, step in itertools.product(KINDS, [FINEST, 0.03, 0.05, 0.12, 0.158, 0.3]):
+        w = KINDS[kind](1024, 512)
+        bits = bits_each(codes_and_scale(w, "matrix", step)[0])
+        allowed = dict(zlib=1.015 if bits >= 4 else 1.017, zstd=1.03)[codec]
+        found = payload_bytes(w, "matrix", step, codec)
+        assert found <= allowed * bits * w.numel() / 8, (kind, step)
+
+
+@each_codec
+def test_payloads_of_a_model_are_near_the_order_0_entropy_of_its_integers(codec):
+    """All tensors together, at the study's shares of roles (heavy tails)."""
+    shares = [*[("matrix", 768)] * 8, ("table", 256), ("tied", 128), ("scalar", 4)]
+    allowed = {"zlib": {0.05: 1.011, 0.3: 1.018}, "zstd": {0.05: 1.025, 0.3: 1.032}}
+    for step, bound in allowed[codec].items():
+        state, roles, ideal = {}, {}, 0
+        for i, (role, rows) in enumerate(shares):
+            w = state[f"{i}"] = student_t(rows, 512, seed=i)
+            roles[f"{i}"] = role
+            bits = bits_each(codes_and_scale(w, role, step)[0]) if ROLES[role].finer else 32
+            ideal += bits * w.numel() / 8
+        found = len(encode_payload(state, roles, step, codec))
+        assert found <= bound * ideal, step
 
 
 def studies_rounding(weight, levels, quantile):
@@ -532,600 +480,468 @@ def studies_rounding(weight, levels, quantile):
     return q.to(torch.int8).numpy().tobytes() + scale.numpy().tobytes(), q * scale.float()
 
 
-@pytest.mark.parametrize(
-    "kind, size, quantizer",
-    [
-        pytest.param(
-            *case,
-            marks=[pytest.mark.xfail(reason=SHORT[case], raises=AssertionError, strict=True)]
-            if case in SHORT
-            else [],
-        )
-        for case in (
-            (kind, size, quantizer)
-            for kind in KINDS
-            for size in (1.0, 0.04)
-            for quantizer in QUANTIZERS
-        )
-    ],
-)
-def test_error_at_equal_bytes_is_well_below_that_of_the_studies_quantizers(kind, size, quantizer):
-    levels, quantile, codec = QUANTIZERS[quantizer]
-    w = size * KINDS[kind](1024, 512)
-    raw, theirs = studies_rounding(w, levels, quantile)
-    limit = len(
-        zlib.compress(raw, 9)
-        if codec == "zlib"
-        else need_codec(codec).ZstdCompressor(level=22).compress(raw)
-    )
-    ours = on_grid(w, "matrix", train_gpt.fit(lambda step: payload_bytes(w, "matrix", step), limit))
-    assert error_of(ours, w) <= (1 - dict(gaussian=0.10, student_t=0.25)[kind]) * error_of(
-        theirs, w
-    )
+def test_error_at_equal_bytes_is_well_below_that_of_the_studies_quantizers():
+    """At most 0.9 of theirs for Gaussian weights, 0.75 for heavy tails.
+
+    But for small heavy-tailed weights, where the floor of their scales makes an even grid of two levels a
+    deviation, as ours is: there the lattice alone is left, 0.81 as measured.
+    """
+    cases = itertools.product(KINDS, (1.0, 0.04), ("int6 zlib", "int6 zstd", "int8 zlib"))
+    for kind, size, theirs in cases:
+        levels, quantile = (31, 1.0) if theirs.startswith("int6") else (127, 0.9999984)
+        w = size * KINDS[kind](512, 512)
+        raw, rounded = studies_rounding(w, levels, quantile)
+        smallest = zstandard.ZstdCompressor(level=22).compress
+        limit = len(smallest(raw) if theirs.endswith("zstd") else zlib.compress(raw, 9))
+        step = fit(lambda step, w=w: payload_bytes(w, "matrix", step), limit)
+        allowed = dict(gaussian=0.9, student_t=0.75)[kind]
+        if (kind, size, theirs) == ("student_t", 0.04, "int6 zstd"):
+            allowed = 0.83
+        share = error_of(on_grid(w, "matrix", step), w) / error_of(rounded, w)
+        assert share <= allowed, (kind, size, theirs)
 
 
-# ---- Round trip ------------------------------------------------------------------------------------------------------
+# ---- the file and its readers ----
 
 
-@budget(max_examples=200, deadline=None, derandomize=True)
-@given(st.integers(1, 50), st.integers(0, 15), st.integers(0, 15), st.integers(0, 99))
-def test_integers_survive_however_they_are_spread(count, bits, outlier, seed):
-    codes = torch.randint(
-        -(2**bits) + 1, 2**bits, (count,), generator=torch.Generator().manual_seed(seed)
-    ).float()
-    codes[seed % count] = (-1) ** seed * (2**outlier - 1)
-    raw = integer_bytes(codes)
-    assert torch.equal(read_integers(raw, count), codes)
-    for bad in (
-        raw + b"x",
-        raw + b"xy",
-        raw[:-1],
-        raw[:-2],
-        bytes([raw[0] + 1]) + raw[1:],
-        bytes([13]) + raw[1:],
-    ):
-        with pytest.raises((ValueError, IndexError)):
-            read_integers(bad, count)
+def lattice_points(codes):
+    """Eight codes of an odd sum stand for a half-integer point: their first less 1, then 1/2 more each."""
+    points = codes.astype(np.float32)
+    for first in range(0, len(codes) // 8 * 8, 8):
+        eight = points[first : first + 8]
+        odd = eight.sum(0) % 2 == 1
+        eight[0] -= odd
+        eight += odd / 2
+    return points
 
 
-def test_scalars_survive_bit_for_bit():
-    """Of all patterns of bits, those of numbers."""
-    values = torch.from_numpy(
-        np.random.default_rng(0).integers(-(2**31), 2**31, 10**5, dtype=np.int32)
-    ).view(torch.float32)
-    state = dict(
-        a=values[values.isfinite()],
-        b=torch.tensor([[0.0, -0.0], [1e-45, -1e-45], [3.4e38, 0.1]]),
-        c=torch.tensor(0.3),
-    )
-    roles = dict.fromkeys(state, "scalar")
-    found = read_payloads(write_payloads(state, roles, 0.3, "zlib"), "zlib", state, roles)
-    for name, value in state.items():
-        assert torch.equal(found[name].view(torch.int32), value.view(torch.int32)), name
+def read_by_the_picture(blob):
+    """The settings and weights of a file, by the picture at the top of the Artifact section alone."""
+    assert blob[:8] == b"GPTHEAD5" and blob[8:40] == hashlib.sha256(blob[40:]).digest()
+    (length,) = struct.unpack("<I", blob[40:44])
+    settings = json.loads(blob[44 : 44 + length])["settings"]
+    inflate = zlib.decompress
+    if settings["compress_algo"] == "zstd":
+        inflate = zstandard.ZstdDecompressor().decompress
+    raw = io.BytesIO(inflate(blob[44 + length :]))
+    model = GPT(small(**settings))
+    roles, parameters = model.parameter_roles(), dict(model.named_parameters())
+
+    # integers of the matrices
+    codes = {}
+    for name, p in parameters.items():
+        if "scalar" in roles[name]:
+            continue
+        (n,) = raw.read(1)
+        upper = np.array([*raw.read(p.numel())])
+        low = np.zeros(p.numel(), dtype=int)
+        for bit in range(n):
+            plane = np.frombuffer(raw.read(math.ceil(p.numel() / 8)), np.uint8)
+            low += np.unpackbits(plane)[: p.numel()].astype(int) << bit
+        for i in np.flatnonzero(upper == 0):
+            (upper[i],) = struct.unpack("<h", raw.read(2))
+        codes[name] = (((upper - 128) << n) + low).reshape(-1, p.size(-1))
+
+    # scales and scalars
+    planes = np.frombuffer(raw.read(), np.uint8).reshape(4, -1)
+    floats, weights = iter(planes.T.copy().view("<f4").flatten()), {}
+    for name, p in parameters.items():
+        if name in codes:
+            scale = next(floats)
+            points = codes[name].astype(np.float32) if scale < 0 else lattice_points(codes[name])
+            values = abs(scale) * points
+        else:
+            values = np.array([next(floats) for _ in range(p.numel())])
+        weights[name] = torch.from_numpy(values).view(p.shape)
+    assert next(floats, None) is None
+    return settings, weights
 
 
 @each_codec
-@pytest.mark.parametrize("head", [*HEADS, *VARIANTS])
-@pytest.mark.parametrize("step", [FINEST, 0.13])
-def test_unpacked_weights_are_those_of_the_grid_and_settings_survive(step, head, codec):
-    need_codec(codec)
-    s = small(compress_algo=codec, rope_base=12345.5, **head_settings(head))
-    model = random_model(compress_algo=codec, **head_settings(head))
-    state, roles = model.state_dict(), train_gpt.parameter_roles(model)
-    stored, found = unpack(encode(state, roles, s, step))
-    assert list(found) == list(state)
-    for name, weight in state.items():
-        assert found[name].dtype == torch.float32, name
-        assert torch.equal(found[name], as_exported(weight, roles[name], step)), name
-    for field in dataclasses.fields(s):
-        if field.metadata["scope"] == "model":
-            assert stored[field.name] == getattr(s, field.name)
-    assert stored["eval_stride"] == s.eval_stride and "seed" not in stored
+def test_the_file_is_as_its_picture_says(codec):
+    changes = dict(head_type="mos", compress_algo=codec, logit_softcap=12.345)
+    model, s = random_model(**changes), small(**changes)
+    model.blocks[1].mlp.up.weight.data[5, 3] = -30.0  # far from the others
+    for step in STEPS:
+        blob = artifact_of(model, step, **changes)
+        settings, weights = read_by_the_picture(blob)
+        assert settings == {name: getattr(s, name) for name in STORED}
+        for name, weight in opened(blob).items():
+            assert torch.equal(weight, weights[name]), (name, step)
+
+
+@each_codec
+def test_what_is_read_are_the_weights_of_the_grid_and_the_settings(codec):
+    for head, step in itertools.product(ALL_HEADS, (FINEST, 0.13, 2 * PLAIN_ABOVE)):
+        s = small(compress_algo=codec, **head_settings(head))
+        state, roles = weights_of(random_model(**head_settings(head)))
+        artifact = open_artifact("ARTIFACT=x", encode(state, roles, s, step))
+        found = artifact_weights(artifact)
+        assert list(found) == list(state)
+        for name, weight in state.items():
+            assert found[name].dtype == torch.float32, name
+            assert torch.equal(found[name], as_exported(weight, roles[name], step)), (head, name)
+        assert artifact.stored == {name: getattr(s, name) for name in STORED}
+        for name, kind in Hyperparameters.__annotations__.items():
+            assert name not in STORED or type(artifact.stored[name]) is kind
+    assert "seed" not in STORED and "eval_stride" in STORED and "num_layers" in STORED
+
+
+def test_encoding_is_deterministic_and_leaves_the_weights_alone():
+    state, roles = weights_of(random_model())
+    before = copy.deepcopy(state)
+    for step in STEPS:
+        blobs = {encode(state, roles, small(), step) for _ in range(3)}
+        assert len(blobs) == 1
+        assert all(torch.equal(state[name], before[name]) for name in state)
+
+
+@quick
+@given(st.integers(1, 50), st.integers(0, 15), st.integers(0, 15), st.integers(0, 99))
+def test_integers_survive_however_they_are_spread(count, bits, outlier, seed):
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(1 - 2**bits, 2**bits, (count,), generator=draw).float()
+    codes[seed % count] = (-1) ** seed * (2**outlier - 1)
+    raw = encode_integers(codes)
+    stream = io.BytesIO(raw + b"next")
+    assert torch.equal(decode_integers(stream, count), codes) and stream.read() == b"next"
+    for bad in (b"", raw[:-1], bytes([13]) + raw[1:] + bytes(99)):
+        with pytest.raises(ValueError):
+            decode_integers(io.BytesIO(bad), count)
+
+
+def test_floats_survive_bit_for_bit_and_others_are_refused():
+    """Of all patterns of bits, those of numbers."""
+    patterns = np.random.default_rng(0).integers(-(2**31), 2**31, 10**5, dtype=np.int32)
+    values = torch.from_numpy(patterns).view(torch.float32)
+    values = values[values.isfinite()]
+    rare = torch.tensor([[0.0, -0.0], [1e-45, -1e-45], [3.4e38, 0.1]])
+    raw = encode_floats([values, rare, torch.tensor(0.3)])
+    found = decode_floats(io.BytesIO(raw), len(values) + 7)
+    expected = torch.cat((values, rare.flatten(), torch.tensor([0.3])))
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError):
+            decode_floats(io.BytesIO(encode_floats([values, torch.tensor(bad)])), len(values) + 1)
+
+
+def test_scalars_are_exact_whatever_their_shape_and_size():
+    cases = (
+        (dict(num_layers=40), "skip_weights"),
+        (dict(head_type="mos", head_k=20), "head.gate_KD"),
+        ({}, "blocks.0.resid_mix"),
+    )
+    for changes, name in cases:
+        model = random_model(**changes)
+        weight = dict(model.named_parameters())[name].detach()
+        weight.view(-1)[:6] = torch.tensor([1e6, -3.0000002, 1e-3, 1e-45, 3e38, 0.1])
+        found = opened(artifact_of(model, 0.3, **changes))[name]
+        assert weight.ndim == 2 and torch.equal(found, weight), name
+
+
+@each_codec
+def test_the_least_model_and_one_of_zeros_come_back(codec):
+    """Where a matrix has fewer weights than its stretch of the file has other bytes."""
+    least = dict(vocab_size=2, num_layers=1, model_dim=4, num_heads=1, num_kv_heads=1, mlp_mult=1)
+    tables = dict(bigram_vocab_size=2, bigram_dim=1, ve_dim=1, ve_layers="0", xsa_last_n=0)
+    heads = dict(head_k=1, head_rank=1, head_dim=2)
+    for head in ALL_HEADS:
+        changes = dict(least, **tables, **heads, **head_settings(head), compress_algo=codec)
+        model = random_model(**changes)
+        for _ in range(2):
+            state, roles = weights_of(model)
+            for step in (FINEST, COARSEST):
+                found = opened(artifact_of(model, step, **changes))
+                for name, weight in state.items():
+                    assert torch.equal(found[name], as_exported(weight, roles[name], step)), name
+            for p in model.parameters():
+                p.data.zero_()
+
+
+@each_codec
+def test_a_large_table_that_training_hardly_touched_comes_back(codec):
+    """Zstandard stores zeros in next to no bytes."""
+    changes = dict(bigram_vocab_size=2**16, bigram_dim=64, compress_algo=codec)
+    model = random_model(**changes)
+    model.bigram.table.weight.data[100:] = 0
+    found = opened(artifact_of(model, **changes))["bigram.table.weight"]
+    assert found.shape == (2**16, 64) and found[:96].all() and not found[104:].any()
+
+
+def test_a_loaded_artifact_computes_what_the_rounded_model_does(tmp_path):
+    world, path = cpu_world(), tmp_path / "final_model.int8.ptz"
+    bare = dict(value_embed=False, bigram_hash=False, smear_gate=False)
+    for changes in ({}, dict(num_layers=1, ve_layers="0"), dict(head_type="mos"), bare):
+        model = random_model(**changes)
+        state, roles = weights_of(model)
+        blob, step = pack(state, roles, small(**changes), 10**9)
+        path.write_bytes(blob)
+        artifact = read_artifact("ARTIFACT", path, world)
+        s = from_env(dict(MODE="eval"), artifact.stored)
+        loaded = build_model(s, world, artifact_weights(artifact))
+        model.load_state_dict({n: as_exported(w, roles[n], step) for n, w in state.items()})
+        x, y = torch.randint(48, (2, 3, 24))
+        assert torch.equal(loaded(x, y), model(x, y)), changes
+
+
+def test_the_logged_error_is_that_of_what_is_read_back(tmp_path):
+    s, path = small(size_limit_bytes=len(train_gpt.source()) + 30_000), tmp_path / "artifact"
+    trainer = train_gpt.Trainer(random_model(), s, cpu_world())
+    train_gpt.export(trainer, path, train_gpt.RunLog(tmp_path))
+    weights, read = trainer.exported(), opened(path.read_bytes())
+    lost = sum((read[name] - weight).square().sum() for name, weight in weights.items())
+    expected = lost / sum(weight.square().sum() for weight in weights.values())
+    logged = re.search(r"relative error ([\d.e-]+)", (tmp_path / "train.log").read_text())[1]
+    assert float(logged) == pytest.approx(expected.item(), rel=0.01)
 
 
 def test_the_default_batch_does_not_bear_on_an_artifact():
     """A sequence length that does not divide it, though it divided the run's own."""
     changes = dict(train_seq_len=100, train_batch_tokens=400)
-    stored, _ = unpack(whole(random_model(**changes), small(**changes)))
-    assert train_gpt.from_env({"MODE": "eval"}, defaults=stored).train_seq_len == 100
+    artifact = open_artifact("x", artifact_of(random_model(**changes), **changes))
+    assert from_env(dict(MODE="eval"), artifact.stored).train_seq_len == 100
+    assert artifact_weights(artifact)
 
 
-@pytest.mark.parametrize(
-    "changes, name",
-    [
-        (dict(num_layers=40), "skip_weights"),
-        (dict(head_type="mos", head_k=20), "head.gate_KD"),
-        ({}, "blocks.0.resid_mix"),
-    ],
-)
-def test_scalars_are_exact_whatever_their_shape_and_size(changes, name):
-    model = random_model(**changes)
-    weight = dict(model.named_parameters())[name].detach()
-    weight.view(-1)[:6] = torch.tensor([1e6, -3.0000002, 1e-3, 1e-45, 3e38, 0.1])
-    found = unpack(whole(model, small(**changes), step=0.3))[1][name]
-    assert weight.ndim == 2 and torch.equal(found, weight)
+# ---- late QAT ----
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(num_layers=1, ve_layers="0"),
-        dict(head_type="mos"),
-        dict(value_embed=False, bigram_hash=False, smear_gate=False),
-    ],
-    ids=str,
-)
-def test_a_loaded_artifact_computes_what_the_rounded_model_does(changes, tmp_path):
-    model, world = random_model(**changes), cpu_world()
-    roles, s, path = (
-        train_gpt.parameter_roles(model),
-        small(**changes),
-        tmp_path / "final_model.int8.ptz",
-    )
-    blob, step = pack(model.state_dict(), roles, s, 10**9)
-    path.write_bytes(blob)
-    stored, state = read_artifact("ARTIFACT", path, len(blob), world)
-    loaded = build_model(train_gpt.from_env({}, defaults=stored), world, state)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(as_exported(p, roles[name], step))
-    x, y = torch.randint(64, (2, 3, 16))
-    assert torch.equal(loaded(x, y), model(x, y))
+def test_rounded_weights_lie_on_exactly_the_export_s_grid_and_come_back_bit_for_bit():
+    for head, step in itertools.product(("tied", "mos", "untied"), STEPS):
+        model = random_model(head_type=head)
+        before, roles = weights_of(model)
+        exported = opened(artifact_of(model, step, head_type=head))
+        with rounded_weights(model, roles, step):
+            for name, p in model.named_parameters():
+                assert torch.equal(p, exported[name]), (step, name)
+                assert torch.equal(p, before[name]) == ("scalar" in roles[name]), (step, name)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [dict(num_layers=4), dict(mlp_mult=2), dict(head_type="mos"), dict(head_type="untied")],
-    ids=str,
-)
-def test_an_artifact_of_other_tensors_than_its_settings_is_refused(changes):
-    """The last case differs from its settings in the tied embedding's role and one tensor."""
-    assert refused(whole(random_model(), small(**changes))) and refused(
-        whole(random_model(**changes), small())
-    )
-
-
-@pytest.mark.parametrize("variable", ["ARTIFACT", "INIT_FROM"])
-def test_an_artifact_above_the_size_limit_is_refused_before_it_is_read(variable, tmp_path):
-    path = tmp_path / "large"
-    path.write_bytes(GENUINE)
-    assert read_artifact(variable, path, len(GENUINE), cpu_world())
-    with pytest.raises(
-        UserError,
-        match=f"^{variable}={re.escape(str(path))}: .*SIZE_LIMIT_BYTES={len(GENUINE) - 1}",
-    ):
-        read_artifact(variable, path, len(GENUINE) - 1, cpu_world())
-    os.truncate(path, 2**26)
-
-    def attempt():
-        with pytest.raises(UserError, match=f"{2**26} bytes"):
-            read_artifact(variable, path, LIMIT, cpu_world())
-
-    assert peak_bytes(attempt) < 2**20
-
-
-# ---- Late QAT --------------------------------------------------------------------------------------------------------
-
-
-def test_rounded_weights_lie_on_the_grid_inside_and_come_back_bit_for_bit():
+def test_before_late_qat_weights_stay_as_they_are():
     model = random_model()
-    roles, before = train_gpt.parameter_roles(model), copy.deepcopy(model.state_dict())
-    with train_gpt.rounded_weights(model, roles, 0.3):
-        for name, p in model.named_parameters():
-            assert torch.equal(p, as_exported(before[name], roles[name], 0.3)), name
-            assert torch.equal(p, before[name]) == (roles[name] == "scalar"), name
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    with train_gpt.rounded_weights(model, roles, None):
+    before, roles = weights_of(model)
+    with rounded_weights(model, roles, 0.0):
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_rounded_weights_come_back_when_the_body_raises():
     model = random_model()
-    before = copy.deepcopy(model.state_dict())
-    with (
-        pytest.raises(KeyError),
-        train_gpt.rounded_weights(model, train_gpt.parameter_roles(model), 0.3),
-    ):
+    before, roles = weights_of(model)
+    with pytest.raises(KeyError), rounded_weights(model, roles, 0.3):
         raise KeyError("an interruption")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_gradients_are_taken_at_the_rounded_weights():
-    model, x, y = random_model(), *torch.randint(64, (2, 3, 16))
-    roles, rounded = train_gpt.parameter_roles(model), random_model()
-    with torch.no_grad():
-        for name, p in rounded.named_parameters():
-            p.copy_(as_exported(p, roles[name], 0.5))
-    with train_gpt.rounded_weights(model, roles, 0.5):
+    model, rounded = random_model(), random_model()
+    x, y = torch.randint(48, (2, 3, 24))
+    state, roles = weights_of(model)
+    rounded.load_state_dict({n: as_exported(w, roles[n], 0.5) for n, w in state.items()})
+    with rounded_weights(model, roles, 0.5):
         model(x, y).backward()
     rounded(x, y).backward()
     for (name, p), q in zip(model.named_parameters(), rounded.parameters()):
         assert torch.equal(p.grad, q.grad), name
 
 
-# ---- Hostile files ---------------------------------------------------------------------------------------------------
+# ---- hostile files ----
 
 
 def sealed(body):
-    return MAGIC + hashlib.sha256(body).digest() + body
+    return MAGIC + VERSION + hashlib.sha256(body).digest() + body
 
 
-def forged(header, payloads, length=None):
-    """An artifact with a right checksum around any header (an object, or its bytes) and payloads."""
-    header = (
-        header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
-    )
-    return sealed(struct.pack("<I", len(header) if length is None else length) + header + payloads)
+def forged(header, payload, length=None):
+    """An artifact with a right checksum around any header (an object, or its bytes) and payload."""
+    if not isinstance(header, bytes):
+        header = json.dumps(header, separators=(",", ":")).encode()
+    return sealed(struct.pack("<I", len(header) if length is None else length) + header + payload)
 
 
-def header_of(blob):
-    size = struct.unpack("<I", blob[40:44])[0]
-    return json.loads(blob[44 : 44 + size]), blob[44 : 44 + size], blob[44 + size :]
+def header_and_payload(blob):
+    end = 44 + struct.unpack("<I", blob[40:44])[0]
+    return json.loads(blob[44:end]), blob[44:end], blob[end:]
 
 
-def genuine(codec="zlib"):
-    if codec == "zstd":
-        need_codec(codec)
-    changes = dict(bigram_hash=False, value_embed=False, num_layers=2, compress_algo=codec)
-    return whole(random_model(**changes), small(**changes))
-
-
-GENUINE = genuine()
-HEADER, RAW_HEADER, PAYLOADS = header_of(GENUINE)
-
-
-def parts_of(header, payloads):
-    """The compressed codes of each matrix, and the compressed rest."""
-    return [payloads[start:stop] for start, stop in itertools.pairwise(header["ends"])]
-
-
-ENDS, (*PARTS, LAST) = HEADER["ends"], parts_of(HEADER, PAYLOADS)
-RAW_CODES, REST = [*map(zlib.decompress, PARTS)], zlib.decompress(LAST)
-CODES = b"".join(RAW_CODES)
-
-
-def open_artifact(blob):
-    """As MODE=eval opens it: the settings, and the model that they are for."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "artifact"
-        path.write_bytes(blob)
-        stored, state = read_artifact("ARTIFACT", path, LIMIT, cpu_world())
-    settings = train_gpt.from_env({}, defaults=stored)
-    return settings, build_model(settings, cpu_world(), state)
-
-
-def refused(blob):
-    """True for a UserError of one line that names the file; any other exception passes through."""
-    try:
-        open_artifact(blob)
-    except UserError as error:
-        assert str(error).isprintable() and str(error).startswith("ARTIFACT=/")
-        return True
-    return False
-
-
-def altered(**changes):
-    return forged({**HEADER, **changes}, PAYLOADS)
-
-
-def with_tensor(index=1, name=None, role=None, shape=None):
-    """Another entry for the token embedding (tied, 64 x 32), or for another tensor."""
-    tensors = copy.deepcopy(HEADER["tensors"])
-    for place, value in enumerate((name, role, shape)):
-        if value is not None:
-            tensors[index][place] = value
-    return altered(tensors=tensors)
+LITTLE = dict(bigram_hash=False, value_embed=False, num_layers=2)
+GENUINE = artifact_of(random_model(**LITTLE), **LITTLE)
+HEADER, RAW_HEADER, PAYLOAD = header_and_payload(GENUINE)
+RAW = zlib.decompress(PAYLOAD)
+COMPRESS = dict(zlib=zlib.compress, zstd=zstandard.ZstdCompressor().compress)
 
 
 def with_settings(**changes):
-    return altered(settings={**HEADER["settings"], **changes})
+    return forged(dict(settings={**HEADER["settings"], **changes}), PAYLOAD)
 
 
-def with_parts(parts, header=HEADER):
-    return forged({**header, "ends": [0, *itertools.accumulate(map(len, parts))]}, b"".join(parts))
+def with_raw(raw, codec="zlib"):
+    """Other contents of the payload, well compressed."""
+    settings = {**HEADER["settings"], "compress_algo": codec}
+    return forged(dict(settings=settings), COMPRESS[codec](raw))
 
 
-def with_payloads(codes, rest, codec="zlib", header=HEADER):
-    """Other codes of all matrices, cut where the genuine ones are, and another rest."""
-    cuts = [0, *itertools.accumulate(map(len, RAW_CODES[:-1])), len(codes)]
-    return with_parts(
-        [
-            train_gpt.compress(raw, codec)
-            for raw in (*(codes[a:b] for a, b in itertools.pairwise(cuts)), rest)
-        ],
-        header,
+def reason(blob):
+    """Why a file is refused, or ''. Any exception but a UserError of one line that names the file passes through."""
+    try:
+        opened(blob)
+    except UserError as error:
+        assert str(error).isprintable() and str(error).startswith("ARTIFACT=x: ")
+        return str(error)
+    return ""
+
+
+def accepted(cases):
+    """The names of those that are not refused."""
+    return [name for name, blob in cases.items() if not reason(blob)]
+
+
+def without(name):
+    return {key: value for key, value in HEADER["settings"].items() if key != name}
+
+
+def test_the_forger_s_tools_can_make_a_genuine_artifact():
+    assert forged(RAW_HEADER, PAYLOAD) == GENUINE == with_settings()
+    harmless = with_raw(RAW), with_raw(RAW, "zstd"), with_settings(logit_softcap=20.0)
+    assert not any(map(reason, (GENUINE, *harmless)))
+
+
+def test_another_format_is_refused_in_one_line_that_says_so():
+    for version in (b"4", b"6", b"\n"):
+        line = reason(MAGIC + version + GENUINE[8:])
+        assert "format" in line and ascii(version)[1:] in line and "5" in line
+
+
+def test_artifacts_outlive_new_settings_and_unknown_settings_are_refused():
+    """A setting that is newer than the file has its default."""
+    expected = opened(GENUINE)
+    for name in STORED:
+        default, own = FIELDS[name.upper()].default, HEADER["settings"][name]
+        blob = forged(dict(settings=without(name)), PAYLOAD)
+        stored = open_artifact("x", blob).stored
+        assert stored == {**HEADER["settings"], name: default}
+        if default == own:
+            assert all(torch.equal(w, expected[n]) for n, w in opened(blob).items()), name
+    refusals = {
+        name: with_settings(**{name: value})
+        for name, value in dict(unknown=1, seed=1, artifact="x", data_path="/", __class__=1).items()
+    }
+    assert not accepted(refusals) and all("unknown" in reason(blob) for blob in refusals.values())
+
+
+def test_a_container_that_is_not_whole_is_refused():
+    cases = {
+        "empty": b"",
+        "magic only": MAGIC,
+        "magic and version": MAGIC + VERSION,
+        "wrong magic": b"GPTHEAP5" + GENUINE[8:],
+        "zip": b"PK\x03\x04" + bytes(100),
+        "no body": sealed(b""),
+        "three bytes of body": sealed(b"abc"),
+        "no header": sealed(bytes(4)),
+        "wrong checksum": GENUINE[:8] + bytes(32) + GENUINE[40:],
+        "trailing byte": GENUINE + b"x",
+        "cut": GENUINE[:-9],
+        "header longer than the file": forged(RAW_HEADER, PAYLOAD, 2**32 - 1),
+        "header cut": forged(RAW_HEADER, PAYLOAD, 100),
+        "header takes payload": forged(RAW_HEADER, PAYLOAD, len(RAW_HEADER) + 5),
+        "header longer than any": forged(RAW_HEADER + b" " * 100_000, PAYLOAD),
+        "not json": forged(b"{ends:1}", PAYLOAD),
+        "not utf-8": forged(b"\xff\xfe\xfa" + RAW_HEADER, PAYLOAD),
+        "deep json": forged(b"[" * 90_000, PAYLOAD),
+        "deep settings": forged(b'{"settings":' + b'{"a":' * 10_000, PAYLOAD),
+        "huge number": forged(b'{"settings":' + b"9" * 10_000 + b"}", PAYLOAD),
+    }
+    for value in (None, 3, [], {}, "x", [[]], dict(setting=HEADER["settings"])):
+        cases[f"header is {value!r}"[:40]] = forged(value, PAYLOAD)
+    for value in (None, 3, "abc", [], [["a", 1]], True):
+        cases[f"settings {value!r}"] = forged(dict(settings=value), PAYLOAD)
+    assert not accepted(cases)
+
+
+def test_settings_that_no_run_could_have_are_refused():
+    wrong = dict(
+        num_layers=[2.0, 0, -1, 3, 10**9, None, [2], {}, "x", math.nan],
+        model_dim=[33, 64, 0],
+        vocab_size=[49, 2**40],
+        num_heads=[0, 3],
+        mlp_mult=[4],
+        qk_gain_init=["x", None, math.nan, math.inf, -1.0],
+        head_type=["none", 3, ["tied"], "untied", "mos", "t" * 50_000],
+        head_variant=["pr908", "x"],
+        smear_gate=[2, "yes", False],
+        init_type=["x", ""],
+        logit_softcap=[-1.0],
+        eval_stride=[10**6, "x"],
+        compress_algo=["lzma", "zstd", "", None, 1, []],
+        value_embed=[True],
+        bigram_hash=[True],
     )
-
-
-def test_the_forgers_tools_can_make_a_genuine_artifact():
-    assert forged(RAW_HEADER, PAYLOADS) == GENUINE == altered() == with_parts([*PARTS, LAST])
-    assert not any(
-        map(
-            refused,
-            (GENUINE, with_settings(rope_base=500.0), with_tensor(), with_payloads(CODES, REST)),
-        )
-    )
-
-
-def shaped(tensor_shape, count):
-    """A header whose only tensor claims a shape, over payloads of `count` bytes."""
-    return with_payloads(
-        bytes(count), bytes(count), header={**HEADER, "tensors": [["w", "matrix", tensor_shape]]}
-    )
-
-
-def twins():
-    """Whole in every length, but two tensors bear one name."""
-    tensors = [*HEADER["tensors"], HEADER["tensors"][0]]
-    state = {f"{i}": torch.randn(shape) for i, (_, _, shape) in enumerate(tensors)}
-    roles = {f"{i}": role for i, (_, role, _) in enumerate(tensors)}
-    return with_parts(write_payloads(state, roles, FINEST, "zlib"), {**HEADER, "tensors": tensors})
-
-
-VECTOR = next(
-    i
-    for i, (_, role, shape) in enumerate(HEADER["tensors"])
-    if role == "scalar" and len(shape) == 1
-)
-HOSTILE = {
-    "empty": b"",
-    "magic only": MAGIC,
-    "wrong magic": b"GPTHEAD9" + GENUINE[8:],
-    "no body": sealed(b""),
-    "newer magic": MAGIC[:-1] + bytes([MAGIC[-1] + 1]) + GENUINE[8:],
-    "three bytes of body": sealed(b"abc"),
-    "no header": sealed(bytes(4)),
-    "zip": b"PK\x03\x04" + bytes(100),
-    "wrong checksum": GENUINE[:8] + bytes(32) + GENUINE[40:],
-    "trailing byte": GENUINE + b"x",
-    "header longer than file": forged(RAW_HEADER, PAYLOADS, 2**32 - 1),
-    "header cut": forged(RAW_HEADER, PAYLOADS, 100),
-    "header takes payload": forged(RAW_HEADER, PAYLOADS, len(RAW_HEADER) + 5),
-    "not json": forged(b"{ends:1}", PAYLOADS),
-    "header longer than any": forged(RAW_HEADER + b" " * LONGEST_HEADER, PAYLOADS),
-    "not utf-8": forged(b"\xff\xfe\xfa" + RAW_HEADER, PAYLOADS),
-    "deep json": forged(b"[" * 200000, PAYLOADS),
-    "deep settings": forged(b'{"settings":' + b'{"a":' * 100000, PAYLOADS),
-    "deep closed": forged(
-        RAW_HEADER[:-1] + b',"x":' + b"[" * 100000 + b"]" * 100000 + b"}", PAYLOADS
-    ),
-    "huge number": forged(b'{"ends":' + b"9" * 10000 + b"}", PAYLOADS),
-    "trailing payload": forged(RAW_HEADER, PAYLOADS + b"x"),
-    "no payload": forged(RAW_HEADER, b""),
-    "gap between payloads": with_parts([PARTS[0] + b"x", *PARTS[1:], LAST]),
-    "payloads in turn": with_parts([LAST, *PARTS]),
-    "payload lost": with_parts([*PARTS[1:], LAST]),
-    "payload too many": with_parts([*PARTS, PARTS[0], LAST]),
-    "payloads overlap": altered(ends=[0, *ENDS]),
-    "payload cut": forged(RAW_HEADER, PAYLOADS[:-9]),
-    "payload not deflate": forged(RAW_HEADER, b"\0" * 50),
-    **{
-        f"payloads of {low} and {high} bytes too many": with_payloads(
-            (CODES + b"x")[: len(CODES) + low], (REST + b"x")[: len(REST) + high]
-        )
-        for low in (-1, 0, 1)
-        for high in (-1, 0, 1)
-        if low or high
-    },
-    "one number for all scales and scalars": with_payloads(CODES, REST[:4]),
-    **{
-        f"header is {value!r}": forged(json.dumps(value).encode(), PAYLOADS)
-        for value in (None, 3, [], {}, "x", [[]])
-    },
-    **{
-        f"no {key}": forged({k: v for k, v in HEADER.items() if k != key}, PAYLOADS)
-        for key in HEADER
-    },
-    **{
-        f"codec {value!r}": with_settings(compress_algo=value)
-        for value in ("lzma", "zstd", "", None, 1, [], {})
-    },
-    **{
-        f"ends {value!r}": altered(ends=value)
-        for value in (
-            None,
-            3,
-            "abc",
-            {},
-            [],
-            [0],
-            [0, len(PAYLOADS)],
-            ENDS[1:],
-            ENDS[:-1],
-            ENDS[::-1],
-            [ENDS],
-            ["0", *ENDS[1:]],
-            [*ENDS, len(PAYLOADS)],
-        )
-    },
-    **{
-        f"end {value!r}": altered(ends=[*ENDS[:2], value, *ENDS[3:]])
-        for value in (
-            -1,
-            -ENDS[2],
-            ENDS[2] - len(PAYLOADS),
-            0,
-            1,
-            ENDS[2] - 1,
-            ENDS[2] + 1,
-            len(PAYLOADS),
-            len(PAYLOADS) + 1,
-            ENDS[2] + 2**32,
-            10**30,
-            True,
-            False,
-            float(ENDS[2]),
-            ENDS[2] + 0.5,
-            math.nan,
-            math.inf,
-            str(ENDS[2]),
-            None,
-            [ENDS[2]],
-            {},
-        )
-    },
-    **{
-        f"tensors {value!r}": altered(tensors=value)
-        for value in (None, 3, "abc", {}, [], [1], [[]], [["a"]], {"abc": 1})
-    },
-    **{
-        f"role {value!r}": with_tensor(role=value)
-        for value in (
-            "int4",
-            "int8",
-            "matrix",
-            "table",
-            "vocab",
-            "scalar",
-            "float32",
-            "load",
-            "",
-            7,
-            ["tied"],
-            {},
-        )
-    },
-    **{
-        f"codes of {8 + n} bits": with_payloads(bytes([n]) + CODES[1:], REST)
-        for n in range(256)
-        if n != CODES[0]
-    },
-    **{
-        f"name {value!r}": with_tensor(name=value)
-        for value in (3, ["a"], {}, True, "", "tok_emb", "__class__")
-    },
-    **{
-        f"shape {value!r}": with_tensor(shape=value)
-        for value in (
-            [-64, 32],
-            [64, -32],
-            [-64, -32],
-            [0, 32],
-            [64, 0],
-            [True, 2048],
-            [64.0, 32],
-            ["64", 32],
-            [None],
-            "ab",
-            5,
-            {},
-            {"a": 1},
-            [[64, 32]],
-            [64, 33],
-            [63, 32],
-            [32, 64],
-            [64, 32, 2],
-            [10**12],
-            [10**6, 10**6],
-            [2**63, 2],
-            [2**64],
-            [10**30],
-            [1] * 500 + [64, 32],
-        )
-    },
-    "integers without shape": shaped([], 3),
-    "vector of integers": shaped([4], 6),
-    "many dimensions": shaped([1] * 2000, 3),
-    "wrong row length": with_tensor(VECTOR, shape=[7]),
-    "duplicated name": with_tensor(1, name=HEADER["tensors"][0][0]),
-    "duplicated tensor": altered(tensors=HEADER["tensors"] + HEADER["tensors"][:1]),
-    "two tensors of one name": twins(),
-    "other order": altered(tensors=HEADER["tensors"][::-1]),
-    "extra tensor": altered(tensors=[*HEADER["tensors"], ["extra", "scalar", [4]]]),
-    "missing tensor": altered(tensors=HEADER["tensors"][:-1]),
-    **{
-        f"settings {value!r}": altered(settings=value)
-        for value in (None, 3, "abc", [], [["a", 1]], [1], True)
-    },
-    "missing setting": altered(
-        settings={k: v for k, v in HEADER["settings"].items() if k != "mlp_mult"}
-    ),
-    **{
-        f"setting {name}={value!r}": with_settings(**{name: value})
-        for name, value in (
-            ("unknown", 1),
-            ("seed", 1),
-            ("artifact", "x"),
-            ("size_limit_bytes", 2**50),
-            ("data_path", "/"),
-            ("__class__", 1),
-            ("num_layers", "3"),
-            ("num_layers", 2.0),
-            ("num_layers", 0),
-            ("num_layers", -1),
-            ("num_layers", True),
-            ("num_layers", None),
-            ("num_layers", [2]),
-            ("num_layers", 10**9),
-            ("vocab_size", 2**40),
-            ("model_dim", 33),
-            ("model_dim", 0),
-            ("num_heads", 0),
-            ("rope_base", "x"),
-            ("rope_base", None),
-            ("rope_base", math.nan),
-            ("rope_base", math.inf),
-            ("rope_base", -1.0),
-            ("head_type", "none"),
-            ("head_type", 3),
-            ("head_type", ["tied"]),
-            ("head_type", "untied"),
-            ("head_variant", "pr908"),
-            ("smear_gate", 2),
-            ("smear_gate", "yes"),
-            ("init_type", "x"),
-            ("logit_softcap", -1.0),
-            ("eval_stride", 10**6),
-            ("eval_stride", "64"),
-        )
-    },
-    **{
-        f"value layers {value!r}": with_settings(value_embed=True, ve_layers=value)
-        for value in (9, "x", None, "1")
-    },
-}
-TOLERATED = {"shape [64.0, 32]"}  # may be refused or loaded; all others must be refused
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_artifact_is_a_users_error(case):
-    assert refused(HOSTILE[case]) or case in TOLERATED
+    cases = {}
+    for name, values in wrong.items():
+        for value in values:
+            cases[f"{name}={value!r}"[:40]] = with_settings(**{name: value})
+    for layers in (9, "x", None, "2", "-1", "", "0," * 20_000):
+        cases[f"ve_layers={layers!r}"[:40]] = with_settings(value_embed=True, ve_layers=layers)
+    assert not accepted(cases)
 
 
 @each_codec
-def test_bytes_hidden_behind_a_payload_are_refused(codec):
-    header, _, payloads = header_of(genuine(codec))
-    parts = parts_of(header, payloads)
-    assert not refused(with_parts(parts, header))
-    for i in range(len(parts)):
-        assert refused(with_parts([*parts[:i], parts[i] + b"hidden", *parts[i + 1 :]], header))
+def test_a_payload_of_other_length_than_its_tensors_is_refused(codec):
+    """Whatever its place: hidden behind the stream, inside it, between its stretches, or missing."""
+    settings = {**HEADER["settings"], "compress_algo": codec}
+    stream, middle = COMPRESS[codec](RAW), len(RAW) // 2
+    payloads = {
+        "none": b"",
+        "cut": stream[:-9],
+        "cut by one": stream[:-1],
+        "hidden behind": stream + b"hidden",
+        "a second stream behind": stream + stream,
+        "of the other codec": COMPRESS["zstd" if codec == "zlib" else "zlib"](RAW),
+        "of zeros": bytes(500),
+        "as it is": RAW,
+        "a number too many": COMPRESS[codec](RAW + bytes(4)),
+        "a byte too many": COMPRESS[codec](RAW + b"x"),
+        "a byte too few": COMPRESS[codec](RAW[:-1]),
+        "a byte between": COMPRESS[codec](RAW[:middle] + b"x" + RAW[middle:]),
+        "empty stream": COMPRESS[codec](b""),
+    }
+    cases = {name: forged(dict(settings=settings), payload) for name, payload in payloads.items()}
+    cases.update(
+        (f"n is {n}", with_raw(bytes([n]) + RAW[1:], codec))
+        for n in (*range(16), 128, 255)
+        if n != RAW[0]
+    )
+    cases["a code far off that is not there"] = with_raw(RAW[:1] + b"\0" + RAW[2:], codec)
+    assert not accepted(cases)
 
 
-@pytest.mark.parametrize("case", ["trailing payload", "payload cut", "no payload"])
-def test_hostile_zstd_payload_is_a_users_error(case):
-    need_codec("zstd")
-    blob = genuine("zstd")
-    _, header, payload = header_of(blob)
-    assert not refused(blob)
-    change = {"trailing payload": payload + b"x", "payload cut": payload[:-9], "no payload": b""}
-    assert refused(forged(header, change[case]))
-    assert refused(forged(header, PAYLOADS)) and refused(forged(RAW_HEADER, payload))
+def test_a_zstandard_frame_that_hides_its_size_or_lies_about_it_is_refused():
+    header = dict(settings={**HEADER["settings"], "compress_algo": "zstd"})
+    unknown = zstandard.ZstdCompressor(write_content_size=False).compress(RAW)
+    honest = zstandard.ZstdCompressor().compress(RAW)
+    size = struct.pack("<I", len(RAW))
+    size = size if size in honest[:12] else struct.pack("<H", len(RAW) - 256)
+    place = honest.index(size)
+    assert not reason(forged(header, honest)) and place < 12
+    cases = {"no size": forged(header, unknown)}
+    for lie in (1, -1, 100, -100):
+        wrong = int.from_bytes(size, "little") + lie
+        frame = honest.replace(size, wrong.to_bytes(len(size), "little"), 1)
+        cases[f"{lie} more"] = forged(header, frame)
+    assert not accepted(cases)
 
 
 @each_codec
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(
-    "name", ["skip_weights", "smear.gate", "tok_emb.weight", "blocks.1.mlp.down.weight"]
-)
-def test_weights_that_are_no_numbers_are_refused(name, value, codec):
-    """The last two have scales that are no numbers."""
-    need_codec(codec)
-    changes = dict(bigram_hash=False, value_embed=False, num_layers=2, compress_algo=codec)
-    model = random_model(**changes)
-    dict(model.named_parameters())[name].data.view(-1)[-1] = value
-    for step in (FINEST, 0.3):
-        assert refused(whole(model, small(**changes), step))
+def test_weights_that_are_no_numbers_are_refused(codec):
+    """In the last two names it is the scale that is none."""
+    names = ("skip_weights", "smear.gate", "tok_emb.weight", "blocks.1.mlp.down.weight")
+    changes = dict(LITTLE, compress_algo=codec)
+    for name, value in itertools.product(names, (math.nan, math.inf, -math.inf)):
+        model = random_model(**changes)
+        dict(model.named_parameters())[name].data.view(-1)[-1] = value
+        for step in (FINEST, COARSEST):
+            assert "no number" in reason(artifact_of(model, step, **changes)), (name, value)
 
 
 def peak_bytes(action):
@@ -1138,178 +954,99 @@ def peak_bytes(action):
         tracemalloc.stop()
 
 
-@functools.cache
-def bomb(codec):
-    """1 GiB of zeros."""
-    if codec == "zstd":
-        return need_codec(codec).ZstdCompressor(level=1).compress(bytes(2**30))
-    deflate = zlib.compressobj(9)
-    return b"".join(deflate.compress(bytes(2**20)) for _ in range(1024)) + deflate.flush()
+def resident_peak():
+    """Of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def claim(codec="zlib", **changes):
-    """The true header of a model of any size."""
-    s = small(compress_algo=codec, **changes)
-    with torch.device("meta"):
-        model = GPT(s)
-    tensors = train_gpt.layout(dict(model.named_parameters()), train_gpt.parameter_roles(model))
-    return {
-        **HEADER,
-        "tensors": tensors,
-        "settings": {name: getattr(s, name) for name in HEADER["settings"]},
-    }
+def test_more_than_32_weights_a_byte_are_refused_before_anything_is_inflated():
+    """However many they are: 80 GB would be allocated for the second claim."""
+    count = sum(weight.numel() for weight in opened(GENUINE).values())
+    fewest = math.ceil(count / 32)
+    with mock.patch.object(train_gpt, "inflate", wraps=train_gpt.inflate) as inflate:
+        assert "cannot hold" in reason(forged(HEADER, bytes(fewest - 1)))
+        claims = (
+            dict(vocab_size=2**16, model_dim=2**16, head_type="untied"),
+            dict(vocab_size=2**16, model_dim=2**16, mlp_mult=64, num_heads=2**10),
+            dict(num_layers=100, model_dim=2**12),
+            dict(bigram_hash=True, bigram_vocab_size=2**40),
+            *(
+                dict(
+                    head_settings(head),
+                    head_k=64,
+                    head_rank=2**16,
+                    head_dim=2**16,
+                    vocab_size=2**16,
+                )
+                for head in ALL_HEADS
+                if head not in ("tied", "untied")
+            ),
+        )
+        before = resident_peak()
+        for claim in claims:
+            blob = with_settings(**claim)
+            assert peak_bytes(lambda blob=blob: reason(blob)) < 2**22, claim
+            assert "cannot hold" in reason(blob), claim
+        assert resident_peak() - before < 2**26
+        assert not inflate.called
+        assert reason(forged(HEADER, bytes(fewest))) and inflate.called
 
 
 @each_codec
-@pytest.mark.parametrize("place", ["codes", "rest", "both"])
-def test_a_bomb_is_not_inflated(place, codec):
-    need_codec(codec)
-    header, _, payloads = header_of(genuine(codec))
-    first, *others, last = parts_of(header, payloads)
-    parts = [
-        first if place == "rest" else bomb(codec),
-        *others,
-        last if place == "codes" else bomb(codec),
-    ]
-    larger = claim(
-        codec, vocab_size=2**16, model_dim=256, bigram_hash=False, value_embed=False, num_layers=2
-    )
-    own = 4 * sum(math.prod(shape) for _, _, shape in larger["tensors"])
-    floats = sum(
-        math.prod(shape) if role == "scalar" else 1 for _, role, shape in larger["tensors"]
-    )
-    fitting = [
-        *parts[:-1],
-        train_gpt.compress(bytes(4 * floats), codec) if place == "codes" else parts[-1],
-    ]
-    for lie, packed, room in (
-        (header, parts, 0),
-        ({**header, "tensors": [["w", "matrix", [2**30]]]}, parts, 0),
-        (larger, fitting, 2 * LIMIT + own),
-    ):
-        blob = with_parts(packed, lie)
+def test_a_bomb_is_inflated_no_further_than_its_tensors_reach(codec):
+    """128 MiB of zeros, for a model of a few weights and for the largest that its bytes may hold."""
+    bomb = zlib.compress(bytes(2**27), 9)
+    if codec == "zstd":
+        bomb = zstandard.ZstdCompressor().compress(bytes(2**27))
+    settings = {**HEADER["settings"], "compress_algo": codec}
+    for vocab_size, dim in ((48, 32), (2**14, 64)):
+        settings.update(vocab_size=vocab_size, model_dim=dim)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in GPT(small(**settings)).parameters())
+        blob = forged(dict(settings=settings), bomb.ljust(math.ceil(count / 32), b"\0"))
         with mock.patch.object(train_gpt, "inflate", wraps=train_gpt.inflate) as inflate:
-            assert (
-                peak_bytes(lambda blob=blob: refused(blob) or pytest.fail("loaded"))
-                < 2 * len(blob) + 2**21 + room
-            )
-        assert inflate.call_count == (
-            0 if len(lie["tensors"]) == 1 else 1 + (place == "codes")
-        )  # it got as far as the bomb
+            assert peak_bytes(lambda blob=blob: reason(blob)) < 2 * len(blob) + 10 * count + 2**20
+            assert reason(blob) and inflate.called
 
 
-def wordy(unit):
-    """A header as long as may be, a list of these."""
-    return forged(
-        b"[" + unit + (b"," + unit) * ((LONGEST_HEADER - len(unit) - 8) // (len(unit) + 1)) + b"]",
-        b"",
-    )
+def test_a_long_header_costs_no_memory():
+    names = dict(head_type="tied", init_type="x", num_layers="1", qk_gain_init="1", ve_layers="0,")
+    cases = {
+        name: with_settings(**{"value_embed": True, name: (value * 90_000)[:90_000]})
+        for name, value in names.items()
+    }
+    for unit in (b"[]", b"{}", b"[{}]", b'{"":0}', b"1.5", b'"ab"'):
+        units = b",".join([unit] * (99_000 // (len(unit) + 1)))
+        cases[f"a list of {unit}"] = forged(b"[" + units + b"]", PAYLOAD)
+    for length in (100_001, 2**20, 2**31, 2**32 - 1):
+        cases[f"of {length} bytes"] = forged(RAW_HEADER, PAYLOAD, length)
+    assert not accepted(cases)
+    for name, blob in cases.items():
+        assert peak_bytes(lambda blob=blob: reason(blob)) < 2**23, name
 
 
-GREEDY = {
-    **{
-        f"{shape} of {role} and {codec}": lambda shape=shape, role=role, codec=codec: altered(
-            settings={**HEADER["settings"], "compress_algo": codec}, tensors=[["w", role, shape]]
-        )
-        for shape in ([10**12], [10**6, 10**6], [1, 10**12], [10**12, 1])
-        for role in (*ROLES, "scalar", "int8")
-        for codec in CODECS
-    },
-    **{
-        f"header of {length} bytes": lambda length=length: forged(RAW_HEADER, PAYLOADS, length)
-        for length in (2**20 - 4, 2**20, 2**31 - 1, 2**31, 2**32 - 1)
-    },
-    **{
-        f"settings {changes}": lambda changes=changes: with_settings(**changes)
-        for changes in (
-            dict(num_layers=1000),
-            dict(num_layers=1000, bigram_hash=True, value_embed=True),
-            dict(model_dim=2**16),
-            dict(vocab_size=2**16, model_dim=2**16, mlp_mult=64, num_heads=2**10),
-            *(
-                dict(head_type=head, head_k=64, head_rank=2**16, head_dim=2**16, model_dim=2**16)
-                for head in HEADS
-            ),
-        )
-    },
-    **{
-        f"a long {name}": lambda name=name, value=value: with_settings(
-            **{"value_embed": True, name: value * (400_000 // len(value))}
-        )
-        for name, value in (
-            ("head_type", "tied"),
-            ("head_type", "t"),
-            ("init_type", "x"),
-            ("num_layers", "1"),
-            ("num_layers", " "),
-            ("rope_base", "1"),
-            ("ve_layers", "0,"),
-        )
-    },
-    **{
-        f"JSON of {unit}": lambda unit=unit: wordy(unit)
-        for unit in (b"[]", b"{}", b"[{}]", b'{"":0}', b"1.5", b'"ab"')
-    },
-}
+def test_a_hostile_artifact_to_start_from_is_refused_before_a_model_is_built(
+    data, tmp_path, monkeypatch
+):
+    """INIT_FROM: the model has the artifact's sizes, so its weights are looked at first."""
+    changes = dict(LITTLE, vocab_size=1024)
+    header, _, payload = header_and_payload(artifact_of(random_model(**changes), **changes))
+    header["settings"].update(model_dim=2**12, num_layers=20)
+    path = tmp_path / "hostile"
+    path.write_bytes(forged(header, payload))
+    environ = dict(data, INIT_FROM=path, TRAIN_BATCH_TOKENS=96, ITERATIONS=1, RUN_ID="x")
+    environ = {name: str(value) for name, value in environ.items()}
+    artifact = read_artifact("INIT_FROM", path, cpu_world())
+    s = from_env(environ, artifact.stored)
+    monkeypatch.chdir(tmp_path)
+    built = mock.Mock(side_effect=UserError("a model was built"))
+    monkeypatch.setattr(train_gpt, "build_model", built)
+    with pytest.raises(UserError, match="cannot hold"):
+        train_gpt.run_train(s, cpu_world(), artifact)
 
 
-@pytest.mark.parametrize("case", GREEDY)
-def test_a_lie_costs_neither_memory_nor_time(case):
-    if "zstd" in case:
-        need_codec("zstd")
-    blob = GREEDY[case]()
-    assert not refused(GENUINE)  # imports what PyTorch imports with the first model
-    begin = time.process_time()
-    assert refused(blob)
-    assert time.process_time() - begin < 1
-    assert peak_bytes(lambda: refused(blob)) < (2 * LIMIT if len(blob) > len(GENUINE) else 2**20)
-
-
-PEAK = """
-import sys, train_gpt as t
-from pathlib import Path
-world, (small, large) = t.World(), map(Path, sys.argv[1:])
-def now(figure):
-    return 1024 * int(Path("/proc/self/status").read_text().split(figure + ":")[1].split()[0])
-t.read_artifact("", small, 16e6, world)
-Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-before = now("VmRSS")
-try:
-    t.read_artifact("", large, 16e6, world)
-except t.UserError as error:
-    print(now("VmHWM") - before, error)
-"""
-
-
-@pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK),
-    reason="the peak of a process is not measured here",
-)
-def test_memory_for_a_file_as_large_as_may_be_that_turns_out_bad_at_its_end(tmp_path, run):
-    """Noise at the study's size, refused for its last scalar. The variable lets glibc return freed memory at once."""
-    with torch.device("meta"):
-        shapes = GPT(Hyperparameters())
-    roles, draw = train_gpt.parameter_roles(shapes), torch.Generator().manual_seed(0)
-    state = {name: torch.randn(p.shape, generator=draw) for name, p in shapes.named_parameters()}
-    own = 4 * sum(p.numel() for p in state.values())
-    state[[name for name in state if roles[name] == "scalar"][-1]].view(-1)[-1] = math.nan
-    large, small_one = tmp_path / "large", tmp_path / "small"
-    large.write_bytes(encode(state, roles, Hyperparameters(), 0.175))
-    small_one.write_bytes(GENUINE)
-    assert 0.97 * LIMIT < large.stat().st_size <= LIMIT
-    done = run(
-        dict(PYTHONPATH=str(ROOT), MALLOC_MMAP_THRESHOLD_="65536"),
-        "-c",
-        PEAK,
-        str(small_one),
-        str(large),
-        cwd=tmp_path,
-    )
-    assert "no number" in done.stdout, done.stderr
-    assert int(done.stdout.split()[0]) < 2 * LIMIT + own
-
-
-@budget(max_examples=150, deadline=None, derandomize=True)
+@quick
 @given(
     st.integers(0, len(GENUINE) - 1),
     st.sampled_from(["cut", "flip", "drop", "double"]),
@@ -1322,29 +1059,19 @@ def test_damage_anywhere_is_a_users_error(place, damage, bit):
         flip=GENUINE[:place] + bytes([GENUINE[place] ^ 1 << bit]) + GENUINE[place + 1 :],
         double=GENUINE[:place] + GENUINE[place : place + 1] + GENUINE[place:],
     )[damage]
-    assert refused(blob)
+    assert reason(blob)
 
 
-@budget(max_examples=100, deadline=None, derandomize=True)
+@quick
 @given(st.binary(max_size=300))
 def test_random_bytes_are_a_users_error(noise):
-    for blob in (
-        noise,
-        MAGIC + noise,
-        sealed(noise),
-        forged(noise, PAYLOADS),
-        forged(RAW_HEADER, noise),
-    ):
-        assert refused(blob)
+    for blob in (noise, MAGIC + noise, MAGIC + VERSION + noise, sealed(noise)):
+        assert reason(blob)
+    assert reason(forged(noise, PAYLOAD)) and reason(forged(RAW_HEADER, noise))
 
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=6)
-    | st.sampled_from(["matrix", "zlib"]),
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda inner: (
         st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
     ),
@@ -1352,42 +1079,48 @@ JSON = st.recursive(
 )
 
 
-@budget(max_examples=300, deadline=None, derandomize=True)
-@given(data=st.data(), value=JSON)
-def test_any_json_in_any_place_of_the_header_is_read_or_a_users_error(data, value):
+def check_any_json(data, value):
+    """In any place of the header it is read or a UserError; what is read has the types of its fields."""
     header = copy.deepcopy(HEADER)
-    place = data.draw(
-        st.sampled_from(
-            ["ends", "end", "settings", "tensors", "tensor", "field", "setting", "whole"]
-        )
-    )
+    place = data.draw(st.sampled_from(["whole", "settings", *HEADER["settings"]]))
     if place == "whole":
         header = value
-    elif place == "end":
-        header["ends"][data.draw(st.integers(0, len(ENDS) - 1))] = value
-    elif place == "tensor":
-        header["tensors"][data.draw(st.integers(0, 5))] = value
-    elif place == "field":
-        header["tensors"][data.draw(st.integers(0, 5))][data.draw(st.integers(0, 2))] = value
-    elif place == "setting":
-        header["settings"][data.draw(st.sampled_from(sorted(header["settings"])))] = value
+    elif place == "settings":
+        header["settings"] = value
     else:
-        header[place] = value
-    blob = forged(header, PAYLOADS)
-    if not refused(blob):  # a harmless change, as of a number within its range
-        settings, model = open_artifact(blob)
-        assert isinstance(settings, Hyperparameters) and isinstance(model, GPT)
-        for field in dataclasses.fields(settings):
-            assert type(getattr(settings, field.name)).__name__ == field.type, field.name
+        header["settings"][place] = value
+    blob = forged(header, PAYLOAD)
+    if not reason(blob):  # a harmless change, as of a number within its range
+        for name, found in open_artifact("x", blob).stored.items():
+            assert type(found) is FIELDS[name.upper()].type, name
+
+
+@quick
+@given(data=st.data(), value=ANY_JSON)
+def test_any_json_in_any_place_of_the_header_is_read_or_a_users_error(data, value):
+    check_any_json(data, value)
+
+
+@pytest.mark.slow
+@budget(max_examples=2000, deadline=None, derandomize=True)
+@given(data=st.data(), value=ANY_JSON)
+def test_much_more_json_in_any_place_of_the_header(data, value):
+    check_any_json(data, value)
 
 
 @each_codec
-@pytest.mark.parametrize("flip", range(5, 200, 13))
-def test_damage_under_a_right_checksum_is_read_or_a_users_error(flip, codec):
-    """A forger can also corrupt the compressed stream and seal it again."""
-    _, header, payload = header_of(genuine(codec))
-    damaged = forged(header, payload[:flip] + bytes([payload[flip] ^ 16]) + payload[flip + 1 :])
-    assert refused(damaged) or isinstance(open_artifact(damaged)[1], GPT)
+def test_a_bit_flipped_under_a_right_checksum_is_read_or_a_users_error(codec):
+    """A forger can also corrupt the compressed stream, and the stretches in it, and seal them again."""
+    settings, stream = {**HEADER["settings"], "compress_algo": codec}, COMPRESS[codec](RAW)
+    for flip in range(3, 300, 13):
+        damaged = bytearray(stream)
+        damaged[flip] ^= 16
+        blob = forged(dict(settings=settings), bytes(damaged))
+        assert reason(blob) or opened(blob).keys() == opened(GENUINE).keys()
+    for flip in range(0, len(RAW), len(RAW) // 20):
+        damaged = bytearray(RAW)
+        damaged[flip] ^= 64
+        assert reason(with_raw(damaged, codec)) or opened(with_raw(damaged, codec))
 
 
 def mutated(data, rng):
@@ -1410,97 +1143,99 @@ def lying(header, rng):
     """One number, string or constant of a JSON text is another."""
     tokens = [*re.finditer(rb'"[^"]*"|-?\d[\d.e+-]*|true|false', header)]
     old, other = rng.choices(tokens, k=2)
-    new = rng.choice(
-        [
-            other.group(),
-            mutated(old.group(), rng),
-            b"%d" % rng.randrange(1001),
-            b"%.6g" % rng.expovariate(0.01),
-            b"-1",
-            b"1e999",
-            b"NaN",
-            b"null",
-            b"true",
-            b'"\\n\\u0000"',
-            b'"1"',
-            b"9" * 30,
-            b"[]",
-        ]
-    )
+    strange = [b"-1", b"1e999", b"NaN", b"null", b"true", b'"\\n\\u0000"', b'"1"', b"9" * 30, b"[]"]
+    numbers = [b"%d" % rng.randrange(1001), b"%.6g" % rng.expovariate(0.01)]
+    new = rng.choice([other.group(), mutated(old.group(), rng), *strange, *numbers])
     return header[: old.start()] + new + header[old.end() :]
 
 
+@pytest.mark.slow
 @each_codec
-def test_2000_mutated_artifacts_are_refused_or_loaded_exactly(codec):
-    """Without and with the checksum made right again; the last kind is whole but for its integers, scales and scalars."""
-    need_codec(codec)
-    rng, blob = random.Random(0), genuine(codec)
-    header, raw, payloads = header_of(blob)
-    (settings, original), loaded = unpack(blob), [0] * 5
+def test_2000_mutated_artifacts_are_refused_or_loaded_whole(codec):
+    """Without and with the checksum made right again; the last kind is whole but for its integers and numbers."""
+    rng = random.Random(0)
+    raw_header = RAW_HEADER.replace(b'"zlib"', f'"{codec}"'.encode())
+    stream, original = COMPRESS[codec](RAW), opened(GENUINE)
+    blob, loaded = forged(raw_header, stream), [0] * 5
     for i in range(2000):
         kind = i % len(loaded)
-        mutant = (
-            lambda: mutated(blob, rng),
-            lambda: forged(lying(raw, rng), payloads),
-            lambda: sealed(mutated(blob[40:], rng)),
-            lambda: forged(raw, mutated(payloads, rng)),
-            lambda: with_payloads(mutated(CODES, rng), mutated(REST, rng), codec, header),
-        )[kind]()
-        begin = time.process_time()
-        try:
-            stored, found = unpack(mutant)
-        except UserError as error:
-            assert str(error).isprintable()
+        if kind == 0:
+            mutant = mutated(blob, rng)
+        elif kind == 1:
+            mutant = forged(lying(raw_header, rng), stream)
+        elif kind == 2:
+            mutant = sealed(mutated(blob[40:], rng))
+        elif kind == 3:
+            mutant = forged(raw_header, mutated(stream, rng))
         else:
-            loaded[kind] += 1
-            assert list(found) == list(original) and (kind > 0 or stored == settings), i
-            for name, weight in original.items():
-                assert found[name].shape == weight.shape and found[name].isfinite().all(), (i, name)
-                assert kind > 1 or torch.equal(found[name], weight), (i, name)
-        assert time.process_time() - begin < 1, i
+            mutant = with_raw(mutated(RAW, rng), codec)
+        if reason(mutant):
+            continue
+        loaded[kind] += 1
+        found = opened(mutant)
+        assert list(found) == list(original), i
+        for name, weight in original.items():
+            assert found[name].shape == weight.shape and not found[name].isnan().any(), (i, name)
+            assert kind > 1 or torch.equal(found[name], weight), (i, name)
     assert loaded[1] > 9 and loaded[4] > 25  # the test sees both outcomes
 
 
-@pytest.mark.parametrize(
-    "case", ["corrupt", "truncated", "foreign", "empty", "large", "directory", "pipe", "missing"]
+PEAK = """
+import sys, train_gpt as t
+from pathlib import Path
+def now(figure):
+    return 1024 * int(Path("/proc/self/status").read_text().split(figure + ":")[1].split()[0])
+def read(path):
+    return t.artifact_weights(t.read_artifact("ARTIFACT", path, t.World()))
+read(sys.argv[1])
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+before = now("VmRSS")
+try:
+    read(sys.argv[2])
+except t.UserError as error:
+    print(now("VmHWM") - before, error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK),
+    reason="the peak of a process is not measured here",
 )
-def test_eval_mode_refuses_what_is_no_artifact_in_one_line(case, tmp_path, run):
+def test_memory_for_a_file_as_large_as_may_be_that_turns_out_bad_at_its_end(tmp_path):
+    """Noise at the study's size, refused for its last scalar. The variable lets glibc return freed memory at once."""
+    s = from_env({})
+    with torch.device("meta"):
+        shapes = GPT(s)
+    roles, draw = shapes.parameter_roles(), torch.Generator().manual_seed(0)
+    state = {name: torch.randn(p.shape, generator=draw) for name, p in shapes.named_parameters()}
+    own = 4 * sum(p.numel() for p in state.values())
+    last = [name for name in state if "scalar" in roles[name]][-1]
+    state[last].view(-1)[-1] = math.nan
+    large, little = tmp_path / "large", tmp_path / "little"
+    large.write_bytes(encode(state, roles, s, 0.175))
+    little.write_bytes(GENUINE)
+    size = large.stat().st_size
+    assert 15_500_000 < size < 16_000_000
+    variables = environment(dict(PYTHONPATH=ROOT, MALLOC_MMAP_THRESHOLD_=65536))
+    command = [sys.executable, "-c", PEAK, str(little), str(large)]
+    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
+    assert "no number" in done.stdout, done.stderr
+    inflated = 1.05 * own / 4
+    assert int(done.stdout.split()[0]) < 2 * size + inflated + own
+
+
+def test_eval_mode_refuses_what_is_no_artifact_in_one_line(tmp_path):
     path = tmp_path / "artifact"
-    blobs = dict(
-        corrupt=GENUINE[:-5] + b"x" + GENUINE[-4:],
-        truncated=GENUINE[:-9],
-        foreign=b"PK\x03\x04" + bytes(99),
-        empty=b"",
-        large=GENUINE + bytes(LIMIT),
-    )
-    if case in blobs:
-        path.write_bytes(blobs[case])
-    elif case == "directory":
-        path.mkdir()
-    elif case == "pipe":
-        os.mkfifo(path)  # endless; so is /dev/zero
-    done = run(dict(MODE="eval", ARTIFACT=str(path)), cwd=tmp_path, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(f"error: ARTIFACT={re.escape(str(path))}: .+\n", done.stderr)
+    path.write_bytes(GENUINE[:-5] + b"x" + GENUINE[-4:])
+    error = run(tmp_path, dict(MODE="eval", ARTIFACT=path), code=2)
+    assert re.fullmatch(f"error: ARTIFACT={re.escape(str(path))}: .+\n", error)
 
 
-@pytest.mark.parametrize("head", ["tied", "bigram"])
-def test_late_qat_finds_the_export_s_step_from_a_sample_of_the_rows_of_a_large_model(head):
-    s = small(
-        vocab_size=1024,
-        model_dim=256,
-        bigram_vocab_size=2**14,
-        bigram_dim=128,
-        size_limit_bytes=3_000_000,
-        head_type=head,
-    )
-    trainer = train_gpt.Trainer(build_model(s, cpu_world()), s, cpu_world())
-    assert sum(p.numel() for p in trainer.parameters) > 2**21  # so only some rows are looked at
-    with torch.no_grad():
-        for p in trainer.parameters:
-            p.normal_()
-    limit = s.size_limit_bytes - len(train_gpt.source())
-    exact = pack(
-        trainer.exported() | dict(trainer.model.named_parameters()), trainer.roles, s, limit
-    )[1]
-    assert trainer.late_grid(train_gpt.RunLog(None)) == pytest.approx(exact, rel=0.02)
+def test_what_cannot_be_read_is_refused_by_its_variable(tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for variable, name in itertools.product(("ARTIFACT", "INIT_FROM"), ("empty", "folder", "none")):
+        path = tmp_path / name
+        with pytest.raises(UserError, match=f"^{variable}={re.escape(str(path))}: .+$"):
+            read_artifact(variable, str(path), cpu_world())

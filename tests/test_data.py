@@ -1,7 +1,10 @@
 """Data: shards on disk, the endless token sequence, the batches of all ranks, and the demo corpus."""
 
+import dataclasses
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,10 +14,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from conftest import ROOT, cpu_world, environment, from_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train_gpt as tg
+import train_gpt
 from train_gpt import Hyperparameters, Shards, UserError, micro_batch_sequences, train_batch
 
 MAGIC = 20240520
@@ -33,101 +37,89 @@ def put(folder, *parts, split="train"):
     return folder
 
 
-def world(rank=0, size=1):
-    return SimpleNamespace(rank=rank, size=size, device=torch.device("cpu"))
+def rank_of(size, rank=0, device="cpu"):
+    return SimpleNamespace(rank=rank, size=size, device=torch.device(device))
+
+
+def all_tokens(folder, split, vocab_size=1024):
+    shards = Shards(folder, split, vocab_size)
+    return shards.take(0, len(shards))
 
 
 # ---- shards ----
 
 
-def test_a_good_shard_is_read_as_it_was_written(tmp_path):
-    put(tmp_path, [5, 0, 65535, 1023])
-    assert tg.open_shard(tmp_path / "fineweb_train_000000.bin").tolist() == [5, 0, 65535, 1023]
+def test_the_script_writes_and_reads_the_format_of_the_challenge(tmp_path):
+    tokens = [5, 0, 65535, 1023]
+    path = tmp_path / "fineweb_train_000000.bin"
+    train_gpt.write_shard(path, tokens)
+    assert path.read_bytes() == shard_bytes(tokens)
+    assert all_tokens(tmp_path, "train", 65536).tolist() == tokens
 
 
-def test_the_script_writes_the_format_of_the_challenge(tmp_path):
-    tg.write_shard(tmp_path / "a.bin", [5, 0, 65535, 1023])
-    assert (tmp_path / "a.bin").read_bytes() == shard_bytes([5, 0, 65535, 1023])
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"\0" * 10,
-        shard_bytes([1, 2])[:1023],
-        shard_bytes([1, 2, 3])[:-1],
-        shard_bytes([1, 2, 3])[:-2],
-        shard_bytes([1, 2]) + b"\0",
-        shard_bytes([1, 2]) + b"\0\0",
-        shard_bytes([1, 2], magic=20240521),
-        shard_bytes([1, 2], magic=0),
-        shard_bytes([1, 2], version=2),
-        shard_bytes([1, 2], version=0),
-        shard_bytes([1, 2], count=-1),
-        shard_bytes([1, 2], count=2**31 - 1),
-        shard_bytes([]),
-    ],
-    ids=[
-        "empty file",
-        "ten bytes",
-        "header cut",
-        "cut by a byte",
-        "cut by a token",
-        "a byte more",
-        "a token more",
-        "wrong magic",
-        "no magic",
-        "newer version",
-        "no version",
-        "negative count",
-        "huge count",
-        "no token",
-    ],
-)
-def test_a_damaged_shard_is_refused_and_named(tmp_path, data):
-    path = tmp_path / "fineweb_val_000000.bin"
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"fineweb_val_000000\.bin: "):
-        Shards(tmp_path, "val", 1024)
-
-
-def test_one_damaged_shard_among_good_ones_is_found_at_once(tmp_path):
+def test_a_damaged_shard_is_refused_and_named_even_among_good_ones(tmp_path):
+    damages = {
+        "empty file": b"",
+        "ten bytes": b"\0" * 10,
+        "header cut": shard_bytes([1, 2])[:1023],
+        "cut by a byte": shard_bytes([1, 2, 3])[:-1],
+        "cut by a token": shard_bytes([1, 2, 3])[:-2],
+        "a byte more": shard_bytes([1, 2]) + b"\0",
+        "a token more": shard_bytes([1, 2]) + b"\0\0",
+        "wrong magic": shard_bytes([1, 2], magic=20240521),
+        "no magic": shard_bytes([1, 2], magic=0),
+        "newer version": shard_bytes([1, 2], version=2),
+        "no version": shard_bytes([1, 2], version=0),
+        "negative count": shard_bytes([1, 2], count=-1),
+        "huge count": shard_bytes([1, 2], count=2**31 - 1),
+        "no token": shard_bytes([]),
+    }
     put(tmp_path, [1, 2, 3], [4, 5], [6])
-    (tmp_path / "fineweb_train_000001.bin").write_bytes(shard_bytes([4, 5])[:-2])
+    path = tmp_path / "fineweb_train_000001.bin"
+    for damage in damages.values():
+        path.write_bytes(damage)
+        with pytest.raises(UserError, match=r"fineweb_train_000001\.bin: "):
+            Shards(tmp_path, "train", 1024)
+    path.unlink()
+    path.mkdir()
     with pytest.raises(UserError, match=r"fineweb_train_000001\.bin: "):
         Shards(tmp_path, "train", 1024)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda path: None,
-        lambda path: path.write_text("file"),
-        lambda path: path.mkdir(),
-        lambda path: put(path.mkdir() or path, [1], split="val"),
-        lambda path: (path.mkdir(), (path / "fineweb_train_0.bin").mkdir()),
-    ],
-    ids=["missing", "a file", "empty", "another split only", "a folder in place of a shard"],
-)
-def test_a_folder_without_shards_is_refused_and_named(tmp_path, make):
-    make(tmp_path / "data")
-    with pytest.raises(UserError, match="data"):
-        Shards(tmp_path / "data", "train", 1024)
+def test_a_folder_without_shards_is_refused_and_named(tmp_path):
+    (tmp_path / "file").write_text("file")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    put(tmp_path / "other", [1], split="val")
+    for name in ("missing", "file", "empty", "other"):
+        with pytest.raises(UserError, match=f"^DATA_PATH={tmp_path / name}: "):
+            Shards(tmp_path / name, "train", 1024)
 
 
-@pytest.mark.parametrize("vocab_size, fits", [(1025, True), (1024, False), (7, False)])
-def test_a_token_outside_the_vocabulary_is_refused_with_shard_and_token(tmp_path, vocab_size, fits):
-    shards = Shards(put(tmp_path, [1, 2, 3], [4, 1024]), "train", vocab_size)
-    assert shards.take(0, 4).tolist() == [1, 2, 3, 4]  # only what is read is checked
-    if fits:
-        assert shards.take(0, 5).tolist() == [1, 2, 3, 4, 1024]
-    else:
-        with pytest.raises(UserError, match=r"fineweb_train_000001\.bin.* 1024\b.*VOCAB_SIZE="):
+def test_a_token_outside_the_vocabulary_is_refused_where_it_is_read(tmp_path):
+    put(tmp_path, [1, 2, 3], [4, 1024])
+    assert Shards(tmp_path, "train", 1025).take(0, 5).tolist() == [1, 2, 3, 4, 1024]
+    for vocab_size in (1024, 7):
+        shards = Shards(tmp_path, "train", vocab_size)
+        assert shards.take(0, 4).tolist() == [1, 2, 3, 4]
+        words = rf"fineweb_train_000001\.bin.* 1024\b.*VOCAB_SIZE={vocab_size}"
+        with pytest.raises(UserError, match=words):
             shards.take(0, 5)
 
 
-@settings(max_examples=100, deadline=None)
+def test_a_shard_that_shrinks_or_goes_while_it_is_used_is_refused_and_named(tmp_path):
+    shards = Shards(put(tmp_path, range(9)), "train", 1024)
+    path = tmp_path / "fineweb_train_000000.bin"
+    path.write_bytes(shard_bytes(range(7)))
+    assert shards.take(0, 7).tolist() == list(range(7))
+    with pytest.raises(UserError, match=r"fineweb_train_000000\.bin: has become shorter"):
+        shards.take(0, 9)
+    path.unlink()
+    with pytest.raises(UserError, match=r"fineweb_train_000000\.bin"):
+        shards.take(0, 1)
+
+
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.integers(0, 65535), min_size=1, max_size=7), min_size=1, max_size=4),
     st.lists(st.tuples(st.integers(0, 10**12), st.integers(1, 60)), min_size=1, max_size=5),
@@ -146,16 +138,29 @@ def test_take_reads_the_endless_repetition_of_all_shards_in_order(parts, cuts):
 def test_shards_are_read_in_the_order_of_their_names_whatever_the_order_of_writing(tmp_path):
     for i in (10, 2, 0):
         (tmp_path / f"fineweb_train_{i:06d}.bin").write_bytes(shard_bytes([i]))
-    assert Shards(tmp_path, "train", 1024).take(0, 3).tolist() == [0, 2, 10]
+    assert all_tokens(tmp_path, "train").tolist() == [0, 2, 10]
+
+
+def test_the_fingerprint_tells_lengths_ends_and_validation_tokens_apart(tmp_path):
+    tokens, val_N = np.arange(100_000) % 1000, torch.arange(500)
+
+    def fingerprint(changed, val_N=val_N):
+        put(tmp_path, changed[:70_000], changed[70_000:])
+        return Shards(tmp_path, "train", 1024).fingerprint(val_N)
+
+    prints = [fingerprint(tokens), fingerprint(tokens[:-1000])]
+    for place in (0, 32_767, -1, -32_768):
+        prints.append(fingerprint(np.where(np.arange(100_000) == place % 100_000, 7, tokens)))
+    prints.append(fingerprint(tokens, torch.where(val_N == 250, 7, val_N)))
+    assert len(set(prints)) == len(prints) and fingerprint(tokens.copy()) == prints[0]
 
 
 # ---- batches ----
 
 
-def plan(sequences, T=4, micro=0):
-    return Hyperparameters(
-        train_batch_tokens=sequences * T, train_seq_len=T, micro_batch_tokens=micro
-    )
+def plan(sequences, T=4, micro=0, **changes):
+    sizes = dict(train_batch_tokens=sequences * T, train_seq_len=T, micro_batch_tokens=micro)
+    return Hyperparameters(**sizes, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -165,222 +170,184 @@ def counting(tmp_path_factory):
     return Shards(folder, "train", 65536)
 
 
-def joined(batches):
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+def test_the_ranks_parts_in_order_are_the_same_global_batch_for_any_number_of_ranks(counting):
+    for size in (1, 2, 4):
+        for micro in (4, 8, 12, 10**6):
+            for step in (0, 3, 17):
+                s, batches = plan(sequences=8, micro=micro), []
+                for rank in range(size):
+                    batches += train_batch(counting, step, s, rank_of(size, rank))
+                x, y = (torch.cat(parts) for parts in zip(*batches))
+                first = torch.arange(step * 32, (step + 1) * 32).view(8, 4)
+                assert torch.equal(x, first % 192) and torch.equal(y, (first + 1) % 192)
+                assert x.dtype == y.dtype == torch.int64
+                B = micro_batch_sequences(s, rank_of(size))
+                assert {part.shape for part, _ in batches} == {(B, 4)}
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("micro", [1, 4, 8, 12, 10**6])
-@pytest.mark.parametrize("step", [0, 3, 17])
-def test_the_ranks_parts_in_order_are_the_same_global_batch_for_any_number_of_ranks(
-    counting, size, micro, step
-):
-    s = plan(sequences=8, micro=micro)
-    x, y = joined(
-        [pair for rank in range(size) for pair in train_batch(counting, step, s, world(rank, size))]
-    )
-    first = torch.arange(step * 32, (step + 1) * 32).view(8, 4)
-    assert torch.equal(x, first % 192)
-    assert torch.equal(y, (first + 1) % 192)
-    assert x.dtype == y.dtype == torch.int64
+def test_a_pass_over_the_data_trains_on_every_target_exactly_once(counting):
+    for size in (1, 2, 4):
+        targets = []
+        for step in range(6):
+            for rank in range(size):
+                batches = train_batch(counting, step, plan(8), rank_of(size, rank))
+                targets += [y.flatten() for _, y in batches]
+        assert sorted(torch.cat(targets).tolist()) == list(range(192))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_pass_over_the_data_trains_on_every_target_exactly_once(counting, size):
-    targets = [
-        y
-        for step in range(6)
-        for rank in range(size)
-        for _, y in train_batch(counting, step, plan(8), world(rank, size))
-    ]
-    assert sorted(torch.cat(targets).flatten().tolist()) == list(range(192))
+def test_a_shuffled_pass_holds_every_sequence_once_in_an_order_of_its_own(counting):
+    def firsts(seed, size=1, steps=range(12)):
+        """The first tokens of 96 sequences; there are 47 in a pass."""
+        rows = []
+        for step in steps:
+            for rank in range(size):
+                shards = Shards(counting.paths[0].parent, "train", 65536)  # as after a resume
+                s = plan(8, shuffle=True, seed=seed, micro=8)
+                for x, y in train_batch(shards, step, s, rank_of(size, rank)):
+                    assert torch.equal(x, x[:, :1] + torch.arange(4)) and torch.equal(y, x + 1)
+                    rows += x[:, 0].tolist()
+        return rows
+
+    stream = firsts(seed=1)
+    first, second = stream[:47], stream[47:94]
+    assert sorted(first) == sorted(second) == list(range(0, 188, 4))
+    other = firsts(seed=2)[:47]
+    assert len({tuple(order) for order in (first, second, other, sorted(first))}) == 4
+    assert firsts(1, size=2) == firsts(1, size=4) == stream
+    assert firsts(1, steps=[7]) == stream[56:64]
 
 
-@pytest.mark.parametrize(
-    "sequences, size, micro, expected",
-    [
-        (8, 1, 4, 1),
-        (8, 1, 8, 2),
-        (8, 1, 12, 2),
-        (8, 1, 16, 4),
-        (8, 1, 10**6, 8),
-        (8, 2, 10**6, 4),
-        (8, 4, 10**6, 2),
-        (8, 8, 10**6, 1),
-        (7, 1, 24, 1),
-        (12, 2, 16, 3),
-        (12, 2, 15, 3),
-        (12, 2, 11, 2),
-        (4096, 1, 0, 1024),
-    ],
-)
-def test_a_micro_batch_is_the_largest_equal_part_of_the_share_within_its_tokens(
-    sequences, size, micro, expected
-):
-    assert micro_batch_sequences(plan(sequences, micro=micro), world(0, size)) == expected
+def test_a_training_split_without_one_whole_sequence_cannot_be_shuffled(tmp_path):
+    shards = Shards(put(tmp_path, range(4)), "train", 1024)
+    assert train_batch(shards, 0, plan(1), cpu_world())[0][1].tolist() == [[1, 2, 3, 0]]
+    with pytest.raises(UserError):
+        train_batch(shards, 0, plan(1, shuffle=True), cpu_world())
 
 
-@settings(deadline=None)
-@given(st.integers(1, 60), st.sampled_from([1, 2, 4]), st.integers(4, 300))
-def test_the_micro_batches_cover_the_share_in_equal_parts_that_respect_their_tokens(
-    share, size, micro
-):
-    B = micro_batch_sequences(plan(share * size, micro=micro), world(0, size))
-    assert share % B == 0
-    assert 4 * B <= micro
+def test_a_micro_batch_is_the_largest_equal_part_of_the_share_within_its_tokens():
+    for size in (1, 2, 8):
+        for share in range(1, 25):
+            for micro in (4, 7, 11, 12, 16, 47, 48, 10**6):
+                fitting = [B for B in range(1, share + 1) if share % B == 0 and 4 * B <= micro]
+                s = plan(share * size, micro=micro)
+                assert micro_batch_sequences(s, rank_of(size)) == max(fitting)
+    for device, tokens in ("cpu", 4096), ("cuda", 131072):
+        assert micro_batch_sequences(plan(2**20), rank_of(1, device=device)) * 4 == tokens
 
 
-@pytest.mark.parametrize("sequences, size", [(7, 2), (6, 4), (2, 4), (1, 8)])
-def test_sequences_that_do_not_divide_among_the_ranks_are_refused_with_a_size_that_would(
-    sequences, size
-):
-    with pytest.raises(UserError, match=rf"^TRAIN_BATCH_TOKENS={4 * sequences}: .*\b{4 * size}\b"):
-        micro_batch_sequences(plan(sequences), world(0, size))
+def test_sequences_that_do_not_divide_among_the_ranks_are_refused_with_a_size_that_would():
+    for sequences, size in (7, 2), (6, 4), (2, 4), (1, 8):
+        words = rf"^TRAIN_BATCH_TOKENS={4 * sequences}: .*\b{4 * size}\b"
+        with pytest.raises(UserError, match=words):
+            micro_batch_sequences(plan(sequences), rank_of(size))
 
 
 # ---- files ----
 
 
-def fail(*_):
-    raise OSError(28, "No space left on device")
+def test_a_write_that_fails_leaves_the_earlier_file_and_no_partial_one(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
 
-
-@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace"])
-@pytest.mark.parametrize("earlier", [None, b"earlier"])
-def test_a_write_that_fails_leaves_the_earlier_file_and_no_partial_one(
-    tmp_path, monkeypatch, where, earlier
-):
     path = tmp_path / "file"
-    if earlier:
-        path.write_bytes(earlier)
-    with monkeypatch.context() as broken:
-        broken.setattr(where, fail)
-        if where.endswith("replace"):
-            broken.setattr(os, "replace", fail)
-        with pytest.raises((OSError, UserError), match="No space left"):
-            tg.write_whole(path, b"new")
-    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == (
-        {"file": earlier} if earlier else {}
-    )
+    for earlier in ({}, {"file": b"earlier"}):
+        for name, data in earlier.items():
+            (tmp_path / name).write_bytes(data)
+        for kind, name in (os, "fsync"), (Path, "replace"):
+            with monkeypatch.context() as broken:
+                broken.setattr(kind, name, fail)
+                with pytest.raises(UserError, match=r"file: .*No space left"):
+                    train_gpt.write_whole(path, b"new")
+            assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == earlier
 
 
-def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
+def test_a_write_is_synced_before_it_takes_its_name_and_leaves_nothing_else(tmp_path, monkeypatch):
+    seen, sync, path = [], os.fsync, tmp_path / "file"
+    monkeypatch.setattr(os, "fsync", lambda number: (seen.append(path.exists()), sync(number)))
     for data in (b"one", b"two"):
-        tg.write_whole(tmp_path / "file", data)
-    assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("file", b"two")]
-
-
-def test_a_write_is_synced_before_it_takes_its_name(tmp_path, monkeypatch):
-    seen, sync = [], os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda number: (seen.append((tmp_path / "file").exists()), sync(number))
-    )
-    tg.write_whole(tmp_path / "file", b"data")
-    assert seen and seen[0] is False
+        train_gpt.write_whole(path, data)
+        assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("file", data)]
+    assert seen == [False, True]
 
 
 # ---- the demo corpus ----
 
 
 def contents(folder):
-    return {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if not path.name.startswith(".")
-    }
+    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def few_documents():
+    paths = (tempfile.__file__, os.__file__, sentencepiece.__file__)
+    return [Path(path).read_text(encoding="utf-8") for path in paths]
 
 
 def test_the_demo_corpus_holds_three_splits_and_their_tokenizer(demo):
     shards = {f"fineweb_{split}_000000.bin" for split in ("train", "val", "test")}
     assert set(contents(demo)) == {"tokenizer.model"} | shards
-    assert (
-        sentencepiece.SentencePieceProcessor(model_file=str(demo / "tokenizer.model")).vocab_size()
-        == 1024
-    )
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(demo / "tokenizer.model"))
+    assert sp.vocab_size() == 1024
 
 
-@pytest.mark.parametrize("split, least", [("train", 300_000), ("val", 10_000), ("test", 10_000)])
-def test_a_demo_split_is_a_row_of_documents_each_behind_a_bos(demo, split, least):
-    shards = Shards(demo, split, 1024)
-    tokens = shards.take(0, len(shards))  # checks the vocabulary
-    starts = np.flatnonzero(tokens == tg.BOS_ID)
-    assert len(tokens) > least
-    assert starts[0] == 0 and len(starts) > 10
-    assert np.diff([*starts, len(tokens)]).min() > 1  # no empty document
-    assert not {0, 2, 3} & set(tokens.tolist())  # neither padding, end nor unknown
-
-
-def test_no_demo_document_is_in_two_splits(demo):
+def test_a_demo_split_is_a_row_of_documents_each_behind_a_bos_and_in_one_split_only(demo):
     documents = {}
-    for split in ("train", "val", "test"):
-        shards = Shards(demo, split, 1024)
-        text = np.split(
-            shards.take(0, len(shards)),
-            np.flatnonzero(shards.take(0, len(shards)) == tg.BOS_ID)[1:],
-        )
-        documents[split] = {tuple(document.tolist()) for document in text}
+    for split, least in dict(train=300_000, val=10_000, test=10_000).items():
+        tokens = all_tokens(demo, split)
+        starts = np.flatnonzero(tokens == train_gpt.BOS_ID)
+        assert len(tokens) > least
+        assert starts[0] == 0 and len(starts) > 10
+        assert np.diff([*starts, len(tokens)]).min() > 1  # no empty document
+        assert not {0, 2, 3} & set(tokens.tolist())  # neither padding, end nor unknown
+        documents[split] = {tuple(text.tolist()) for text in np.split(tokens, starts[1:])}
     train, val, test = documents.values()
     assert not train & (val | test) and not val & test
 
 
 def test_the_demo_corpus_is_built_once(demo, monkeypatch):
-    monkeypatch.setattr(tg, "demo_documents", lambda: pytest.fail("built again"))
+    monkeypatch.setattr(train_gpt, "demo_documents", lambda: pytest.fail("built again"))
     before = {path: path.stat().st_mtime_ns for path in demo.glob("[!.]*")}
-    tg.build_demo(demo, 1024)
-    assert {path: path.stat().st_mtime_ns for path in demo.glob("[!.]*")} == before and len(
-        before
-    ) == 4
+    train_gpt.build_demo(demo, 1024)
+    assert {path: path.stat().st_mtime_ns for path in demo.glob("[!.]*")} == before
+    assert len(before) == 4
 
 
-def test_the_demo_corpus_is_the_same_bytes_in_another_process_and_place(demo, run, tmp_path):
+@pytest.mark.slow
+def test_the_demo_corpus_is_the_same_bytes_in_another_process_and_place(demo, tmp_path):
     code = "import pathlib, train_gpt; train_gpt.build_demo(pathlib.Path('again/deep'), 1024)"
-    done = run(
-        dict(PYTHONPATH=str(Path(tg.__file__).parent), PYTHONHASHSEED="12345"),
-        "-c",
-        code,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    environ = environment(dict(PYTHONPATH=ROOT, PYTHONHASHSEED=12345))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True)
     assert contents(tmp_path / "again" / "deep") == contents(demo)
 
 
 def test_a_build_that_was_killed_before_its_end_is_repeated(tmp_path, monkeypatch):
     (tmp_path / "fineweb_train_000000.bin").write_bytes(b"half")
-    monkeypatch.setattr(tg, "demo_documents", few_documents)
-    tg.build_demo(tmp_path, 512)
-    assert len(Shards(tmp_path, "train", 512)) > 1000
+    monkeypatch.setattr(train_gpt, "demo_documents", few_documents)
+    train_gpt.build_demo(tmp_path, 512)
+    assert len(Shards(tmp_path, "train", 512)) > 1000 and len(contents(tmp_path)) == 4
 
 
-def few_documents():
-    return [
-        Path(path).read_text(encoding="utf-8")
-        for path in (tempfile.__file__, os.__file__, sentencepiece.__file__)
-    ]
-
-
-def build_beside_another(folder, ready, calls, codes):
+def build_beside_another(folder, ready, calls, results):
     def documents():
         with calls.get_lock():
             calls.value += 1
         time.sleep(0.5)  # long enough for the other to come
         return few_documents()
 
-    tg.demo_documents = documents
+    train_gpt.demo_documents = documents
     ready.wait(60)
-    tg.build_demo(folder, 512)
-    codes.put(contents(folder))
+    train_gpt.build_demo(folder, 512)
+    results.put(contents(folder))
 
 
-def test_two_processes_that_build_at_the_same_time_do_not_clash(tmp_path):
+def test_of_two_processes_that_build_at_the_same_time_one_waits_for_the_other(tmp_path):
     context = multiprocessing.get_context("fork")
     ready, calls, results = context.Barrier(2), context.Value("i", 0), context.Queue()
-    builders = [
-        context.Process(target=build_beside_another, args=(tmp_path, ready, calls, results))
-        for _ in range(2)
-    ]
+    facts = dict(target=build_beside_another, args=(tmp_path, ready, calls, results))
+    builders = [context.Process(**facts) for _ in range(2)]
     for builder in builders:
         builder.start()
-    first, second = (results.get(timeout=60) for _ in builders)
+    first, second = (results.get(timeout=100) for _ in builders)
     for builder in builders:
         builder.join(60)
     assert [builder.exitcode for builder in builders] == [0, 0]
@@ -388,55 +355,51 @@ def test_two_processes_that_build_at_the_same_time_do_not_clash(tmp_path):
     assert first == second and len(first) == 4
 
 
-@pytest.mark.parametrize("vocab_size", [2, 100, 60000])
-def test_a_vocabulary_that_the_demo_text_cannot_fill_is_refused(tmp_path, monkeypatch, vocab_size):
-    monkeypatch.setattr(tg, "demo_documents", few_documents)
-    with pytest.raises(UserError, match=f"VOCAB_SIZE={vocab_size}"):
-        tg.build_demo(tmp_path, vocab_size)
+def test_a_vocabulary_that_the_demo_text_cannot_fill_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "demo_documents", few_documents)
+    for size in (2, 100, 60000):
+        with pytest.raises(UserError, match=f"^VOCAB_SIZE={size}: "):
+            train_gpt.build_demo(tmp_path, size)
 
 
 def test_a_demo_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
-        tg.build_demo(tmp_path / "file" / "demo", 1024)
+        train_gpt.build_demo(tmp_path / "file" / "demo", 1024)
+
+
+def test_the_demo_is_cached_by_vocabulary_and_built_by_one_rank_of_a_node(monkeypatch):
+    built = []
+    monkeypatch.setattr(train_gpt, "build_demo", lambda *arguments: built.append(arguments))
+    for size, local_rank, folder in (1024, 0, "data/demo"), (512, 1, "data/demo-512"):
+        world = cpu_world()
+        world.local_rank = local_rank
+        s = from_env(dict(DATA_PATH="demo", VOCAB_SIZE=str(size)))
+        paths = dict(data_path=folder, tokenizer_path=f"{folder}/tokenizer.model")
+        assert train_gpt.prepare_demo(s, world) == dataclasses.replace(s, **paths)
+    assert built == [(Path("data/demo"), 1024)]
+    assert train_gpt.prepare_demo(Hyperparameters(), cpu_world()) == Hyperparameters()
 
 
 # ---- the program as a whole ----
 
 
-@pytest.mark.parametrize(
-    "val, env, words",
-    [
-        ([1, *range(5, 300), 1024], {}, ["fineweb_val_000000.bin", "1024", "VOCAB_SIZE"]),
-        ([1, *range(5, 69)], {"TRAIN_SEQ_LEN": "65"}, ["TRAIN_SEQ_LEN=65", "val"]),
-        (
-            [1, *range(5, 300)],
-            {"TOKENIZER_PATH": "nowhere.model"},
-            ["TOKENIZER_PATH=nowhere.model"],
-        ),
-    ],
-    ids=["token outside the vocabulary", "validation shorter than a sequence", "no tokenizer"],
-)
-def test_bad_data_ends_the_program_with_code_2_and_one_line_before_training(
-    demo, run, tmp_path, val, env, words
-):
+def test_bad_data_is_refused_before_anything_is_trained_or_written(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     put(tmp_path, [1, *range(5, 400)])
-    put(tmp_path, val, split="val")
-    env = dict(
-        dict(
-            PRESET="demo",
-            DATA_PATH=".",
-            TOKENIZER_PATH=str(demo / "tokenizer.model"),
-            TRAIN_SEQ_LEN="64",
-            TRAIN_BATCH_TOKENS=str(64 * 65),
-            MAX_WALLCLOCK_SECONDS="1",
-            ITERATIONS="1",
-        ),
-        **env,
-    )
-    done = run(env, cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n"), done.stderr[:7]) == (2, 1, "error: "), (
-        done.stderr
-    )
-    assert all(word in done.stderr for word in words), done.stderr
+    text, small = [1, *range(5, 300)], dict(TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="128")
+    cases = [
+        ([*text, 1024], {}, r"fineweb_val_000000\.bin: .*1024.*VOCAB_SIZE="),
+        (text[:64], {}, "^TRAIN_SEQ_LEN=64: the val split has only 64 tokens"),
+        ([1, 2] * 100, {}, r"^DATA_PATH=\.: the val split holds no text"),
+        (text, dict(TOKENIZER_PATH="nowhere.model"), r"^TOKENIZER_PATH=nowhere\.model: "),
+        (text, dict(VOCAB_SIZE="2000"), "^VOCAB_SIZE=2000: .*1024"),
+        (text, dict(EVAL_SPLIT="test"), r"^DATA_PATH=\.: holds no fineweb_test_"),
+    ]
+    for tokens, changes, words in cases:
+        put(tmp_path, tokens, split="val")
+        own = dict(DATA_PATH=".", TOKENIZER_PATH=str(demo / "tokenizer.model"), PRESET="demo")
+        s = from_env({**own, **small, **changes})
+        with pytest.raises(UserError, match=words):
+            train_gpt.run_train(s, cpu_world(), None)
     assert not (tmp_path / "runs").exists()

@@ -1,126 +1,124 @@
-"""README's settings table is generated from the dataclass: `python tests/test_readme.py` writes it anew."""
+"""README's settings tables are generated from the source: `python tests/test_readme.py` writes them anew."""
 
 import json
 import re
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import train_gpt  # noqa: E402
+from conftest import ROOT, SCRIPT, from_env
+
+import train_gpt
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- settings: begin -->\n", "<!-- settings: end -->"
+BETWEEN = re.compile(re.escape(BEGIN) + "(.*?)" + re.escape(END), re.S)
+COLUMNS = ("variable", "default (study)", "other presets", "allowed", "meaning")
 
 
-def text(value: object) -> str:
-    return str(int(value)) if isinstance(value, bool) else f"{value}"
+def line(*cells):
+    return f"| {' | '.join(cells)} |"
 
 
-def row(name: str, field) -> str:
-    meta = field.metadata
-    choices = tuple(train_gpt.HEADS) if name == "HEAD_TYPE" else meta["choices"]
-    allowed = ", ".join(choices)
-    if field.type == "bool":
-        allowed = "0, 1"
-    elif meta["low"] is not None:
-        allowed = f"{meta['low']} .. {meta['high']}"
-    changed = [
-        f"{preset} {text(values[field.name])}"
-        for preset, values in train_gpt.PRESETS.items()
-        if field.name in values
-    ]
-    default = f"`{text(field.default)}`" if field.default != "" else "empty"
-    return f"| `{name}` | {default} | {'; '.join(changed)} | {allowed} | {meta['doc']} |"
+def allowed(name, field):
+    """The values that a setting may have, in words; nothing for free text."""
+    facts = field.metadata
+    if field.type is bool:
+        return "0, 1"
+    if field.type is str:
+        choices = tuple(train_gpt.HEADS) if name == "HEAD_TYPE" else facts["choices"]
+        return ", ".join(choice or "empty" for choice in choices)
+    if facts["high"] == train_gpt.MANY:
+        return f"from {facts['low']}"
+    return f"{facts['low']} to {facts['high']}"
 
 
-def table() -> str:
-    rows = [row(name, field).replace("|", "|") for name, field in train_gpt.FIELDS.items()]
-    return (
-        "\n".join(
-            [
-                "| variable | default (study) | other presets | allowed | meaning |",
-                "|---|---|---|---|---|",
-                *rows,
-            ]
-        )
-        + "\n"
-    )
+def row(name):
+    field = train_gpt.FIELDS[name]
+    default = train_gpt.as_text(field.default)
+    changes = [f"{preset} {v[name]}" for preset, v in train_gpt.PRESETS.items() if name in v]
+    shown = f"`{default}`" if default else "empty"
+    doc = field.metadata["doc"]
+    return line(f"`{name}`", shown, "; ".join(changes), allowed(name, field), doc)
 
 
-def test_settings_table_is_current():
-    found = re.search(
-        re.escape(BEGIN) + "(.*?)" + re.escape(END), README.read_text(encoding="utf-8"), re.S
-    )
-    assert found, "README.md has lost the markers of its settings table"
-    assert found.group(1) == table(), (
-        "README's settings table is stale: run python tests/test_readme.py"
-    )
+def groups():
+    """The titles inside the class Hyperparameters, each with the variables below it."""
+    body = re.search(r"\nclass Hyperparameters:\n(.*?)\n    def ", SCRIPT.read_text(), re.S)[1]
+    found = {}
+    for title, name in re.findall(r"^    (?:# ([A-Z].*)|(\w+): \w+ = \w*setting\()", body, re.M):
+        if title:
+            names = found[title] = []
+        else:
+            names.append(name.upper())
+    return found
 
 
-def test_top_level_holds_only_what_the_design_names():
-    allowed = {
-        "train_gpt.py",
-        "README.md",
-        "submission.json",
-        "train.log",
-        "requirements.txt",
-        "tests",
-        "runs",
-        "data",
-    }
-    assert {p.name for p in ROOT.iterdir() if not p.name.startswith((".", "__"))} <= allowed
+def settings_section():
+    """A sub-heading and a table for each group."""
+    parts = []
+    for title, names in groups().items():
+        head = [f"### {title}", "", line(*COLUMNS), "|---|---|---|---|---|"]
+        parts.append("\n".join([*head, *map(row, names), ""]))
+    return "\n".join(parts)
 
 
-def test_submission_says_which_data_machine_and_head():
+def test_every_setting_stands_in_one_titled_group_in_the_order_of_the_source():
+    titles = list(groups())
+    assert titles[:4] == ["Mode", "Data", "Model shape", "Output head"] and len(titles) == 8
+    assert [name for names in groups().values() for name in names] == list(train_gpt.FIELDS)
+
+
+def test_the_settings_tables_are_current():
+    found = BETWEEN.search(README.read_text(encoding="utf-8"))
+    assert found, "README.md has lost the markers of its settings tables"
+    assert found[1] == settings_section(), "stale: run python tests/test_readme.py"
+    assert all(row.count("|") == 6 for row in found[1].splitlines() if row.startswith("|"))
+
+
+def test_every_command_of_readme_is_one_that_the_program_accepts():
+    text = BETWEEN.sub("", README.read_text(encoding="utf-8"))
+    commands = [line for line in text.splitlines() if re.search(r"=\S+ .*train_gpt\.py", line)]
+    assert len(commands) >= 5
+    for command in commands:
+        before = command.split("train_gpt.py")[0].replace("$head", "mos").replace("$seed", "42")
+        from_env(dict(re.findall(r"\b([A-Z][A-Z0-9_]*)='?([^\s']+)", before)))
+
+
+def test_every_variable_that_readme_names_in_code_is_one_of_the_program_s():
+    text = BETWEEN.sub("", README.read_text(encoding="utf-8"))
+    known = {*train_gpt.FIELDS, *train_gpt.ALIASES, *train_gpt.SWITCHES}
+    known |= train_gpt.PUBLISHED_CONSTANTS.keys()
+    named = set(re.findall(r"`([A-Z][A-Z0-9]*_[A-Z0-9_]*)`", text))
+    given = re.findall(r"`([A-Z][A-Z0-9_]*)=([^`]*)`", text)
+    assert named and given and named | {name for name, _ in given} <= known
+    for name, value in given:
+        if name == "HEAD_TYPE":
+            assert value in {*train_gpt.HEADS, *train_gpt.HEAD_WORDS}
+        elif name in train_gpt.FIELDS:
+            train_gpt.parse(name, value, name)
+
+
+def test_the_top_level_holds_only_what_the_design_names():
+    project = {"train_gpt.py", "README.md", "submission.json", "train.log", "requirements.txt"}
+    folders = {"tests", "runs", "data"}
+    shown = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
+    assert project < shown <= project | folders
+
+
+def test_the_submission_is_whole_within_the_limit_and_of_the_same_run_as_the_log():
     result = json.loads((ROOT / "submission.json").read_text())
-    for key in (
-        "author",
-        "github_id",
-        "name",
-        "blurb",
-        "date",
-        "track",
-        "seed",
-        "val_loss",
-        "val_bpb",
-        "pre_quant_val_loss",
-        "pre_quant_val_bpb",
-        "step_stop",
-        "wallclock_seconds",
-        "eval_time_seconds",
-        "bytes_total",
-        "bytes_code",
-        "bytes_model_int8_zlib",
-        "hardware",
-        "pytorch_version",
-        "head",
-        "settings",
-    ):
-        assert key in result, key
-    assert (
-        result["bytes_total"]
-        == result["bytes_code"] + result["bytes_model_int8_zlib"]
-        <= 16_000_000
-    )
+    promised = """author github_id name blurb date track seed val_loss val_bpb pre_quant_val_loss
+        pre_quant_val_bpb step_stop wallclock_seconds eval_time_seconds bytes_total bytes_code
+        bytes_model_int8_zlib hardware pytorch_version head settings"""
+    assert set(promised.split()) <= result.keys()
+    total = result["bytes_code"] + result["bytes_model_int8_zlib"]
+    assert result["bytes_total"] == total <= 16_000_000
 
-
-def test_submission_and_log_are_of_one_run():
-    result = json.loads((ROOT / "submission.json").read_text())
     log = (ROOT / "train.log").read_text()
     assert f"val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f}" in log
     assert f"source_sha256:{result['source_sha256']}" in log
-    assert f"Total submission size int8+zlib: {result['bytes_total']} bytes" in log
+    assert f"Total submission size int8+zlib: {total} bytes" in log
 
 
 if __name__ == "__main__":
     old = README.read_text(encoding="utf-8")
-    README.write_text(
-        re.sub(
-            re.escape(BEGIN) + ".*?" + re.escape(END),
-            lambda _: BEGIN + table() + END,
-            old,
-            flags=re.S,
-        ),
-        encoding="utf-8",
-    )
+    new = BETWEEN.sub(lambda _: BEGIN + settings_section() + END, old)
+    README.write_text(new, encoding="utf-8")

@@ -1,36 +1,43 @@
-"""MODE=table: what it computes, and what it says about runs that it cannot compare."""
+"""MODE=table: its figures, its order, its words about runs that it cannot compare, and its picture."""
 
 import json
-import os
+import shutil
+import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import cpu_world, from_env
 from scipy import stats
 
-import train_gpt as tg
-
-values = st.lists(st.floats(0.9, 1.5), min_size=2, max_size=6).filter(lambda v: np.std(v) > 1e-4)
-
-
-@given(values, values)
-def test_welch_equals_scipy(a, b):
-    t, p = tg.welch(a, b)
-    want = stats.ttest_ind(a, b, equal_var=False)
-    assert t == pytest.approx(want.statistic, rel=1e-9, abs=1e-9)
-    assert p == pytest.approx(want.pvalue, rel=1e-3, abs=1e-6)
+import train_gpt
+from train_gpt import Hyperparameters, UserError
 
 
-def finished(root, name, head="tied", seed=1, bpb=1.5, **changes):
+def test_welch_equals_scipy():
+    rng = np.random.default_rng(0)
+    pairs = [
+        ([1.0, 1.0], [1.0, 1.1]),
+        ([1.3, 1.300001], [1.0, 1.1]),
+    ]  # nearly one degree of freedom
+    for sizes in (2, 2), (3, 3), (3, 8), (6, 2), (40, 50):
+        pairs.append([rng.normal(mean, 0.01, n) for mean, n in zip((1.2, 1.21), sizes)])
+    for a, b in pairs:
+        t, p, half = train_gpt.welch(a, b)
+        want = stats.ttest_ind(a, b, equal_var=False)
+        interval = want.confidence_interval(0.95)
+        assert t == pytest.approx(want.statistic, rel=1e-9, abs=1e-9)
+        assert p == pytest.approx(want.pvalue, rel=1e-3, abs=1e-5)
+        assert half == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
+
+
+# ---- runs, as folders ----
+
+
+def put_run(root, name, head="tied", seed=1, bpb=1.5, chosen=(), losses=True, **changes):
+    """A finished run; `changes` are of its result or of its settings."""
     folder = root / "runs" / name
     folder.mkdir(parents=True)
-    settings = dict(
-        json.loads(json.dumps(tg.dataclasses.asdict(tg.Hyperparameters()))),
-        head_type=head,
-        seed=seed,
-        run_id=name,
-    )
+    own = dict(Hyperparameters().as_dict(), head_type=head, seed=seed, run_id=name)
     result = dict(
         val_bpb=bpb,
         head=head,
@@ -42,142 +49,265 @@ def finished(root, name, head="tied", seed=1, bpb=1.5, **changes):
         data_sha256="d" * 64,
         hardware="1 x CPU",
         pytorch_version="2.13.0",
-        settings=settings,
+        chosen=["SEED", "RUN_ID", "HEAD_TYPE", *chosen],
     )
-    result.update({k: v for k, v in changes.items() if k in result})
-    result["settings"].update({k: v for k, v in changes.items() if k in settings})
-    (folder / "submission.json").write_text(json.dumps(result))
-    (folder / "metrics.jsonl").write_text(
-        "".join(
-            json.dumps(dict(kind="train", step=i, train_loss=7 / i, train_seconds=i)) + "\n"
-            for i in range(1, 9)
-        )
-    )
+    result |= {key: value for key, value in changes.items() if key in result}
+    own |= {key: value for key, value in changes.items() if key not in result}
+    (folder / "submission.json").write_text(json.dumps(dict(result, settings=own)))
+
+    lines = [dict(kind="val", step=8, val_loss=0.9, train_seconds=9)]
+    for i in range(1, 9) if losses else ():
+        lines.append(dict(kind="train", step=i, train_loss=7 / i, train_seconds=i))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def table(root, run):
-    out = run({"MODE": "table", "RUNS": "runs/*"}, cwd=root)
-    assert out.returncode == 0, out.stderr
-    return out.stdout
+@pytest.fixture
+def table(tmp_path, monkeypatch, capsys):
+    """Prints the table of this folder's runs; returns its rows as lists of cells, and all text."""
+
+    def call(picture=False, **environ):
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            if not picture:
+                patch.setattr(train_gpt, "draw", lambda rows, folder: "left out")
+            s = from_env(dict(MODE="table", **environ))
+            assert train_gpt.run_table(s, cpu_world(), None) == 0
+        text = capsys.readouterr().out
+        lines = [line for line in text.splitlines() if line.startswith("| ")]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        assert {len(row) for row in cells} == {8}
+        return cells[1:], text
+
+    return call
 
 
-def test_rows_group_seeds_and_test_heads_against_tied(tmp_path, run):
-    for seed, a, b in ((42, 1.500, 1.490), (1337, 1.502, 1.493), (2024, 1.501, 1.491)):
-        finished(tmp_path, f"tied-{seed}", seed=seed, bpb=a)
-        finished(tmp_path, f"mos-{seed}", head="mos", seed=seed, bpb=b, head_k=4)
-    rows = [line for line in table(tmp_path, run).splitlines() if line.startswith("| ")]
+def test_seeds_are_grouped_and_tested_against_tied(tmp_path, table):
+    for seed, tied, mos in (42, 1.500, 1.490), (1337, 1.502, 1.493), (2024, 1.501, 1.491):
+        put_run(tmp_path, f"tied-{seed}", seed=seed, bpb=tied)
+        sizes = dict(bytes_total=15_000_000 + seed, wallclock_seconds=seed, step_stop=seed)
+        put_run(tmp_path, f"mos-{seed}", "mos", seed, mos, ["HEAD_K"], head_k=4, **sizes)
     want = stats.ttest_ind([1.490, 1.493, 1.491], [1.500, 1.502, 1.501], equal_var=False)
-    mos = next(row for row in rows if row.startswith("| mos "))
-    assert (
-        "HEAD_K=4" in mos
-        and "1337 2024 42" in mos
-        and "1.49133 +- 0.00153" in mos
-        and "-0.00967" in mos
-    )
-    assert f"(t {want.statistic:.2f}, p {want.pvalue:.2g})" in mos
-    assert "| 15900000 | 200.0 | 100 |" in mos
-    tied = next(row for row in rows if row.startswith("| tied "))
-    assert "| - |" in tied and len(rows) == 3
+    test = f"-0.00967 (t {want.statistic:.2f}, p {want.pvalue:.2g})"
+    seeds, bpb = "1337 2024 42", "1.49133 +- 0.00153"
+    (tied, mos), _ = table()
+    assert tied == [
+        "tied",
+        "HEAD_K=2",
+        seeds,
+        "1.50100 +- 0.00100",
+        "-",
+        "15900000",
+        "200.0",
+        "100",
+    ]
+    assert mos == ["mos", "HEAD_K=4", seeds, bpb, test, "15002024", "1000.0", "1134"]
 
 
-def test_one_seed_gets_no_p_value_and_an_artifact_over_the_cap_is_marked(tmp_path, run):
-    finished(tmp_path, "a")
-    finished(tmp_path, "b", head="simplex", bpb=2.0, bytes_total=16_000_001)
-    row = next(line for line in table(tmp_path, run).splitlines() if line.startswith("| simplex"))
-    assert "+0.50000 |" in row and "16000001 OVER" in row and " p " not in row
+def test_tied_stands_first_and_the_others_by_their_mean_bpb(tmp_path, table):
+    means = dict(wide=1.2, mos=1.4, tied=1.45, delta=1.5, simplex=2.0)
+    for head, bpb in means.items():
+        put_run(tmp_path, head, head, bpb=bpb)
+    put_run(tmp_path, "mos-2", "mos", seed=2, bpb=1.7)  # now 1.55 in the mean
+    put_run(tmp_path, "tied-small", bpb=1.9, chosen=["NUM_LAYERS"], num_layers=5)
+    rows, _ = table()
+    assert [row[0] for row in rows] == ["tied", "tied", "wide", "delta", "mos", "simplex"]
+    assert [row[3][:4] for row in rows[:2]] == ["1.45", "1.90"]
 
 
-def test_unfinished_and_corrupt_runs_are_named_and_do_not_stop_the_table(tmp_path, run):
-    finished(tmp_path, "good")
-    texts = dict(
-        cut='{"val_bpb": 1.',
-        other="[1, 2]",
-        old='{"val_bpb": 1.4}',
-        odd='{"settings": 3, "step_stop": 1}',
-    )
+def test_a_head_is_compared_with_the_tied_run_whose_settings_are_most_like_its_own(tmp_path, table):
+    for layers, tied, mos in (5, 1.9, 1.8), (11, 1.5, 1.6):
+        put_run(tmp_path, f"tied-{layers}", bpb=tied, chosen=["NUM_LAYERS"], num_layers=layers)
+        put_run(tmp_path, f"mos-{layers}", "mos", bpb=mos, num_layers=layers)
+    rows, _ = table()
+    assert [row[1] for row in rows] == [f"NUM_LAYERS={n}" for n in (11, 5, 11, 5)]
+    assert [row[4] for row in rows] == ["-", "-", "+0.10000", "-0.10000"]
+    for name in ("tied-5", "tied-11"):
+        shutil.rmtree(tmp_path / "runs" / name)
+    assert [row[4] for row in table()[0]] == ["-", "-"]  # nothing to compare with
+
+
+def test_only_what_a_user_chose_and_what_differs_stands_under_the_differences(tmp_path, table):
+    put_run(tmp_path, "a", chosen=["NUM_LAYERS", "TRAIN_LOG_EVERY", "USE_EMA"], train_log_every=5)
+    changes = dict(head_lr=0.01, use_ema=False, matrix_lr=0.1)
+    put_run(tmp_path, "b", "untied", chosen=["MATRIX_LR"], **changes)
+    rows, _ = table()
+    assert rows[0][1] == "MATRIX_LR=0.025 USE_EMA=1"
+    assert rows[1][1] == "MATRIX_LR=0.1 USE_EMA=0"
+
+
+def test_runs_that_differ_in_seed_name_or_logging_alone_are_one_configuration(tmp_path, table):
+    put_run(tmp_path, "a", seed=1)
+    put_run(tmp_path, "b", seed=2, train_log_every=7, mode="train", author="x")
+    put_run(tmp_path, "c", seed=3, logit_softcap=20.0)
+    rows, _ = table()
+    assert [row[2] for row in rows] == ["1 2", "3"]
+
+
+def test_one_seed_or_equal_figures_get_no_p_value_and_an_artifact_over_the_cap_is_marked(
+    tmp_path, table
+):
+    for seed in (1, 2):
+        put_run(tmp_path, f"tied-{seed}", seed=seed)
+        put_run(tmp_path, f"mos-{seed}", "mos", seed, bpb=1.75)
+    put_run(tmp_path, "simplex", "simplex", bpb=2.0, bytes_total=16_000_001)
+    (tied, mos, simplex), _ = table()
+    assert (mos[4], simplex[4]) == ("+0.25000", "+0.50000")
+    assert (tied[5], simplex[5]) == ("15900000", "16000001 OVER")
+
+
+# ---- what cannot be compared, or read ----
+
+
+def test_differences_of_source_data_machine_and_torch_are_said(tmp_path, table):
+    put_run(tmp_path, "a")
+    others = dict(source_sha256="b" * 64, data_sha256="e" * 64, hardware="8 x H100")
+    put_run(tmp_path, "b", seed=2, **others)
+    _, text = table()
+    for name in others:
+        assert f"the runs differ in {name}: " in text
+    assert "1 x CPU, 8 x H100" in text and "differ in pytorch_version" not in text
+
+
+def test_a_seed_that_counts_twice_is_said(tmp_path, table):
+    for name, seed in dict(a=1, b=2, c=3).items():
+        put_run(tmp_path, name, seed=seed, bpb=1.5 + seed / 10)
+    put_run(tmp_path, "d", "mos", seed=2)
+    remark = "runs/a: another run has its settings and its seed"
+    assert remark not in table()[1]
+    put_run(tmp_path, "e", seed=2)
+    assert remark in table()[1]
+
+
+def test_unfinished_and_damaged_runs_are_named_and_do_not_stop_the_table(tmp_path, table):
+    put_run(tmp_path, "good")
     genuine = json.loads((tmp_path / "runs/good/submission.json").read_text())
-    strange = dict(
-        seed=[1], val_bpb=float("nan"), step_stop=10**400, wallclock_seconds="x", bytes_total=None
-    )
-    texts |= {name: json.dumps(genuine | {name: value}) for name, value in strange.items()}
+    texts = dict(cut='{"val_bpb": 1.', list="[1, 2]", old='{"val_bpb": 1.4}', empty="")
+    strange = dict(seed=[1], val_bpb=float("nan"), step_stop=10**400, wallclock_seconds="x")
+    strange |= dict(bytes_total=None, settings=3)
+    texts |= {name: json.dumps({**genuine, name: value}) for name, value in strange.items()}
     for name, text in texts.items():
         (tmp_path / "runs" / name).mkdir()
         (tmp_path / "runs" / name / "submission.json").write_text(text)
-    (tmp_path / "runs" / "busy").mkdir()
-    out = table(tmp_path, run)
-    assert out.count("| tied ") == 1 and "runs/busy: not finished" in out
+    (tmp_path / "runs/busy").mkdir()
+    rows, out = table()
+    assert [row[0] for row in rows] == ["tied"] and "runs/busy: not finished" in out
     for name in texts:
         assert f"runs/{name}: its submission.json cannot be read" in out
 
 
-def test_differences_of_source_data_and_machine_are_said(tmp_path, run):
-    finished(tmp_path, "a")
-    finished(
-        tmp_path, "b", seed=2, source_sha256="b" * 64, data_sha256="e" * 64, hardware="8 x H100"
-    )
-    out = table(tmp_path, run)
-    for name in ("source_sha256", "data_sha256", "hardware"):
-        assert f"the runs differ in {name}" in out
-    assert "differ in pytorch_version" not in out
+def test_choices_and_settings_of_another_kind_do_not_stop_the_table(tmp_path, table):
+    put_run(tmp_path, "good")
+    put_run(tmp_path, "mos", "mos")
+    result = json.loads((tmp_path / "runs/mos/submission.json").read_text())
+    damages = dict(number=dict(chosen=5), mixed=dict(chosen=["A", 3]), null=dict(chosen=None))
+    damages["list"] = dict(settings={**result["settings"], "ve_layers": [1, 2]})
+    for name, damage in damages.items():
+        (tmp_path / "runs" / name).mkdir()
+        path = tmp_path / "runs" / name / "submission.json"
+        path.write_text(json.dumps({**result, **damage}))
+        rows, _ = table()
+        assert [row[0] for row in rows][:2] == ["tied", "mos"]
+        path.unlink()
 
 
-@pytest.mark.parametrize("seeds, said", [((1, 2, 2), True), ((1, 2, 3), False)])
-def test_a_seed_that_counts_twice_is_said(seeds, said, tmp_path, run):
-    for name, seed in zip("abc", seeds):
-        finished(tmp_path, name, seed=seed, bpb=1.5 + seed / 10)
-    finished(tmp_path, "d", head="mos", seed=2)
-    assert ("runs/a: another run has its settings and its seed" in table(tmp_path, run)) == said
-
-
-def test_a_folder_s_name_is_not_read_as_mathematics(tmp_path, run):
-    finished(tmp_path, "a$x_{$")
-    assert "learning curves: runs/" in table(tmp_path, run) or "No module" in table(tmp_path, run)
-
-
-def test_what_hinders_the_picture_does_not_hinder_the_table(tmp_path, run):
-    finished(tmp_path, "a")
-    (tmp_path / "runs/learning_curves.png").mkdir()
-    for changes in ({}, dict(MPLBACKEND="nonsense")):
-        out = run({"MODE": "table", **changes}, cwd=tmp_path)
-        assert (
-            out.returncode == 0
-            and "| tied |" in out.stdout
-            and "no learning curves: " in out.stdout
-        ), out.stderr
-
-
-def test_pipes_are_not_waited_for(tmp_path, run):
-    finished(tmp_path, "a")
-    (tmp_path / "runs/a/metrics.jsonl").unlink()
-    (tmp_path / "runs/b").mkdir()
-    for path in ("runs/a/metrics.jsonl", "runs/b/submission.json"):
-        os.mkfifo(tmp_path / path)
-    assert "runs/b: not finished" in table(tmp_path, run)
-
-
-def test_why_no_run_could_be_read_is_said(tmp_path, run):
+def test_where_no_run_can_be_read_it_says_why(tmp_path, table):
+    with pytest.raises(UserError, match=r"^RUNS=nothing/\*: must match a finished run$"):
+        table(RUNS="nothing/*")
     (tmp_path / "runs/a").mkdir(parents=True)
     (tmp_path / "runs/a/submission.json").write_text("[")
     (tmp_path / "runs/b").mkdir()
-    out = run({"MODE": "table"}, cwd=tmp_path)
-    assert out.returncode == 2 and out.stderr.count("\n") == 1
-    assert (
-        out.stderr.startswith("error: RUNS=runs/*: matches no finished run; runs/a: ")
-        and "runs/b: not finished" in out.stderr
-    )
+    with pytest.raises(UserError) as error:
+        table()
+    message = str(error.value)
+    assert message.startswith("RUNS=runs/*: must match a finished run; runs/a: ")
+    assert "runs/b: not finished" in message
 
 
-def test_learning_curves_are_drawn_or_it_says_why_not(tmp_path, run):
-    finished(tmp_path, "a")
-    out = table(tmp_path, run)
-    drawn = (tmp_path / "runs/learning_curves.png").exists()
-    assert (
-        "learning curves: runs/learning_curves.png"
-        if drawn
-        else "no learning curves: No module named 'matplotlib'"
-    ) in out
+def test_a_stranger_s_strings_cannot_forge_cells_lines_or_colours(tmp_path, table):
+    forged = "x|y\n| tied | 9 |\x1b[31m\u202e"
+    put_run(tmp_path, "a", hardware=forged)
+    chosen = ["ROPE_DIMS", "STRANGE" + forged.upper()]
+    changes = {"rope_dims": forged, "strange" + forged.lower(): 1}
+    put_run(tmp_path, "b", head=forged, chosen=chosen, **changes)
+    (tmp_path / "runs" / "c\n| d").mkdir()
+    rows, text = table()
+    assert len(rows) == 2 and "cannot be read" not in text
+    assert rows[1][0].startswith("x?y?? tied ? 9 ?") and "ROPE_DIMS=x?y?" in rows[1][1]
+    assert all(c.isprintable() or c == "\n" for c in text)
 
 
-def test_no_run_at_all_is_an_error(tmp_path, run):
-    out = run({"MODE": "table", "RUNS": "nothing/*"}, cwd=tmp_path)
-    assert out.returncode == 2 and out.stderr == "error: RUNS=nothing/*: matches no finished run\n"
+# ---- the picture ----
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """A list that gets matplotlib's figures as they are saved."""
+    kind, figures = pytest.importorskip("matplotlib.figure").Figure, []
+    save = kind.savefig
+    monkeypatch.setattr(kind, "savefig", lambda f, *a, **k: (figures.append(f), save(f, *a, **k)))
+    return figures
+
+
+def test_the_picture_shows_losses_and_gains_over_tied_with_their_intervals(tmp_path, table, figure):
+    for seed, tied, mos in (1, 1.50, 1.49), (2, 1.52, 1.48):
+        put_run(tmp_path, f"tied-{seed}", seed=seed, bpb=tied)
+        put_run(tmp_path, f"mos-{seed}", "mos", seed, mos)
+    put_run(tmp_path, "wide", "wide", bpb=1.6)
+    _, text = table(picture=True)
+    assert "picture: runs/learning_curves.png" in text
+    assert (tmp_path / "runs/learning_curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    # a colour a head; a line and a dot a seed; the first 5% of the time left out
+    curves, gains = figure[0].axes
+    assert [label.get_text().split()[0] for label in curves.get_legend().texts] == [
+        "tied",
+        "mos",
+        "wide",
+    ]
+    lines = [line for line in curves.lines if len(line.get_xdata()) > 1]
+    dots = [line for line in curves.lines if len(line.get_xdata()) == 1]
+    assert [line.get_color() for line in lines] == ["C0", "C0", "C1", "C1", "C2"]
+    assert all(list(line.get_ydata()) == [7 / i for i in range(1, 9)] for line in lines)
+    assert [(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots] == [(9, 0.9)] * 5
+
+    # the means' differences, and their 95% intervals by scipy
+    want = stats.ttest_ind([1.49, 1.48], [1.50, 1.52], equal_var=False).confidence_interval(0.95)
+    mos, wide = gains.containers
+    assert (mos[0].get_xdata()[0], wide[0].get_xdata()[0]) == pytest.approx((-0.025, 0.09))
+    (segment,) = mos[2][0].get_segments()
+    assert segment[:, 0] == pytest.approx([want.low, want.high], rel=1e-3)
+    assert [label.get_text() for label in gains.get_yticklabels()] == ["mos", "wide"]
+
+
+def test_a_run_without_training_lines_does_not_hinder_the_picture(tmp_path, table, figure):
+    put_run(tmp_path, "a")
+    put_run(tmp_path, "b", "mos", losses=False)  # of ITERATIONS=0, or of TRAIN_LOG_EVERY=0
+    put_run(tmp_path, "c", "wide")
+    (tmp_path / "runs/c/metrics.jsonl").unlink()
+    _, text = table(picture=True)
+    assert "picture: runs/learning_curves.png" in text and "no picture" not in text
+
+
+def test_a_stranger_s_strings_are_not_read_as_mathematics(tmp_path, table, figure):
+    put_run(tmp_path, "a$x_{$")
+    put_run(tmp_path, "b", head="$x_{$", chosen=["INIT_TYPE"], init_type="$y^{$")
+    _, text = table(picture=True)
+    assert "picture: runs/learning_curves.png" in text and "no picture" not in text
+
+
+def test_what_hinders_the_picture_does_not_hinder_the_table(tmp_path, table, monkeypatch):
+    put_run(tmp_path, "a")
+    (tmp_path / "runs/learning_curves.png").mkdir()
+    for missing in (), ("matplotlib", "matplotlib.figure"):
+        for name in missing:
+            monkeypatch.setitem(sys.modules, name, None)
+        rows, text = table(picture=True)
+        assert len(rows) == 1 and "no picture: " in text
+
+
+def test_a_real_run_is_a_row(tmp_path, finished, table):
+    shutil.copytree(finished / "runs" / "done", tmp_path / "runs" / "done")
+    result = json.loads((finished / "runs/done/submission.json").read_text())
+    (row,), _ = table(picture=True)
+    assert row[:3] == ["mos", "", str(result["seed"])]
+    assert row[3:6] == [f"{result['val_bpb']:.5f}", "-", str(result["bytes_total"])]
