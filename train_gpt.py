@@ -1,4 +1,4 @@
-"""Train a small GPT with a chosen output head, pack it in 16,000,000 bytes, score it: bits per byte.
+"""Train a small GPT with a chosen output head, pack it in 16,000,000 bytes, score it in bits a byte.
 
 One script, in the style of OpenAI's parameter-golf challenge, built to answer one question: does an
 output head of higher rank than the tied softmax earn its bytes and its time?  Everything is chosen
@@ -127,6 +127,7 @@ class Hyperparameters:
     num_kv_heads: int = model_setting(4, "key-value heads; each serves NUM_HEADS / NUM_KV_HEADS query heads", 1, 1024)
     mlp_mult: int = model_setting(3, "hidden width of the MLP over MODEL_DIM", 1, 64)
     mlp_slope: float = model_setting(0.0, "the MLP's activation is leaky_relu(x, MLP_SLOPE)^2", high=1)
+    # ... attention
     rope_dims: int = model_setting(16, "rotated channels of a head; 0: all")
     use_ntk_rope: bool = model_setting(True, "raise the rotary base for TRAIN_SEQ_LEN above 1024")
     qk_gain_init: float = model_setting(1.5, "initial gain of the normed queries")
@@ -137,6 +138,7 @@ class Hyperparameters:
     loop_layers: str = model_setting("", "neighbouring layers that run twice, from 0, separated by commas; empty: none")
     loop_start_frac: float = setting(0.5, "share of training from which LOOP_LAYERS run twice", high=0.99)
     parallel_from: int = model_setting(1000, "first layer from which attention and MLP work on two lanes; NUM_LAYERS or more: none")
+    # ... embeddings
     smear_gate: bool = model_setting(True, "blend each embedding with the token before")
     bigram_hash: bool = model_setting(True, "add a hashed bigram embedding")
     bigram_at: str = model_setting("layers", "where: before each layer, or once, at the input", choices=("layers", "input"))
@@ -642,7 +644,7 @@ class World:
             nn.utils.vector_to_parameters(flat, tensors)
 
     def progress(self, what, done, total):
-        """In a long stretch, every 30 seconds a line that says how far it is. Starts with done = 0."""
+        """In a long stretch, which starts with done = 0, a line every 30 seconds: how far it is."""
         now = time.monotonic()
         if done == 0:
             self.began = self.spoke = now
@@ -861,17 +863,17 @@ def demo_documents():
 
 def train_tokenizer(texts, vocab_size):
     """A SentencePiece BPE model with byte fallback; UserError if the text is too short for it."""
-    model = io.BytesIO()
-    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    model, lines = io.BytesIO(), filter(str.strip, "\n".join(texts).splitlines())
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=lines,
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
             byte_fallback=True,
             character_coverage=0.999,
             add_dummy_prefix=False,
+            # as in the challenge's tokenizer
             pad_id=0,
             bos_id=BOS_ID,
             eos_id=2,
@@ -897,6 +899,8 @@ def build_demo(folder, vocab_size):
     with lock:
         if finished.exists():
             return
+
+        # every 25th document is for validation, the one after it for test
         splits = dict(val=[], test=[], train=[])
         for i, text in enumerate(demo_documents()):
             split = {0: "val", 1: "test"}.get(i % 25, "train")
@@ -1049,8 +1053,8 @@ class Rotary(Module):
 def attend(q_BTHC, k_BTGC, v_BTGC, window=0, fa3=False):
     """Causal attention; a query sees `window` keys, its own included (0: all).
 
-    By PyTorch's kernels, of which choose_attention enables one. Flash-attention 3 (Shah et al. 2024)
-    knows windows, through its own package; elsewhere they are a mask.
+    By PyTorch's kernels, of which choose_attention enables one. Flash-attention 3 (Shah et al.
+    2024) knows windows, through its own package; elsewhere they are a mask.
     """
     if window and fa3 and q_BTHC.is_cuda:
         from flash_attn_interface import flash_attn_func
@@ -1068,7 +1072,10 @@ def attend(q_BTHC, k_BTGC, v_BTGC, window=0, fa3=False):
 
 
 def choose_attention(s, world):
-    """Enable one attention kernel, ATTN_BACKEND's or the first that runs; settings that name it, and its version."""
+    """Enable one attention kernel, ATTN_BACKEND's or the first that runs.
+
+    Returns settings that name it, and its version.
+    """
     if world.device.type == "cpu":
         return s, "PyTorch's on the CPU"
     wanted = KERNELS if s.attn_backend == "auto" else [s.attn_backend]
@@ -1102,7 +1109,7 @@ def try_attention(name, s, world):
 class Attention(Module):
     """Grouped-query attention with RMS-normed queries and keys.
 
-    In the last XSA_LAST_N layers each token's own value direction is removed: y - (y . v) v / |v|^2.
+    In the last XSA_LAST_N layers each token's own value direction goes: y - (y . v) v / |v|^2.
     """
 
     roles = dict(q_gain="scalar")
@@ -1413,8 +1420,8 @@ class MixtureOfSoftmaxes(Head):
     """log sum_k pi_k softmax(cap(E (h + U_k V_k h))), pi = softmax(G h + b).
 
     Yang et al. 2018, with the tied embedding and low-rank projections. U = 0 starts at the tied
-    head, where independent V_k let the components' gradients differ. The mixture over the vocabulary
-    is never formed in training: log p(y) needs K cross-entropies.
+    head, where independent V_k let the components' gradients differ. The mixture over the
+    vocabulary is never formed in training: log p(y) needs K cross-entropies.
     """
 
     uses = ("head_k", "head_matrix_lr", "head_rank", "head_start_frac")
@@ -1579,8 +1586,8 @@ MOST_LOGITS = 2**27  # of a softmax at a time: 131,072 tokens of 1,024, 16,384 o
 class GPT(Module):
     """U-Net of blocks over token embeddings, and one output head.
 
-    The blocks run in the order of `layers`, some twice while `looped`. From PARALLEL_FROM on attention
-    and MLP have a lane each, which a learned share joins at the end (PR 1204).
+    The blocks run in the order of `layers`, some twice while `looped`. From PARALLEL_FROM on
+    attention and MLP have a lane each, which a learned share joins at the end (PR 1204).
 
     Tokens x_BT and targets y_BT (int64) give the mean negative log-likelihood in nats, a scalar.
     `compute_dtype` is that of activations and matrix products; None: the weights' own.
@@ -1594,12 +1601,16 @@ class GPT(Module):
         self.compute_dtype = compute_dtype
         self.tok_emb = Table(s.vocab_size, D)
         nn.init.normal_(self.tok_emb.weight, std=s.tied_embed_init_std)
+
+        # parts that a setting leaves out
         self.smear = self.bigram = self.value_embed = None
         self.skip_weights = self.skip_gates = self.lane_share = None
         if s.smear_gate:
             self.smear = SmearGate(s)
         if s.bigram_hash:
             self.bigram = BigramHash(s)
+
+        # the blocks, their order, and what leads past them
         rotary = Rotary(s)
         self.blocks = nn.ModuleList(Block(s, layer, rotary) for layer in range(L))
         self.layers, self.looped, self.parallel_from = layer_order(s), True, s.parallel_from
@@ -1660,7 +1671,7 @@ class GPT(Module):
         return norm(x)
 
     def skip(self, x, skipped, index):
-        """The stream with what an early layer has stored; a loop stores more than there are skips."""
+        """The stream with what an early layer has stored. A loop stores more than is taken back."""
         if index >= len(self.skip_weights):
             return x
         skipped = self.skip_weights[index].to(x.dtype) * skipped
@@ -1725,7 +1736,7 @@ class Role:
     start: str = ""  # the setting that says from which share of training on it is trained
 
     def fineness(self, rows):
-        """Of a matrix with so many rows: where these make logits, a row of many matters less often."""
+        """Of a matrix of so many rows: where they make logits, one of many matters less often."""
         if self.finer <= 2 or rows <= 1024:
             return self.finer
         return max(1.0, self.finer * 1024 / rows)
@@ -1761,8 +1772,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), with decoupled weight decay.
 
     Equals torch.optim.Muon at constant momentum, but takes all parameters of a group, which have
-    one shape (in 3-D: stacks), as one batch of matrices, split over the ranks. These must hold equal
-    gradients. `row_norm` brings the rows of the update to one norm first (MuonEq-R).
+    one shape (in 3-D: stacks), as one batch of matrices, split over the ranks. These must hold
+    equal gradients. `row_norm` brings the rows of the update to one norm first (MuonEq-R).
     """
 
     def __init__(self, groups, world, dtype, row_norm=False):
@@ -1866,7 +1877,7 @@ def progress(step, seconds, s):
 
 
 def is_over(step, seconds, ahead, s):
-    """Whether training ends here: at ITERATIONS, or where the cap is nearer than after another step.
+    """Whether training ends: at ITERATIONS, or where the cap is nearer than after another step.
 
     `ahead` steps are enqueued on the device that the clock has not seen.
     """
@@ -1985,7 +1996,7 @@ def spectrum(model, tokens_N, s):
 #                     model's order, a matrix's scale or all values of what is no matrix
 #
 # A weight is its matrix's scale times a coordinate of the lattice point that its code stands for,
-# with the codes of seven others; where the scale is negative (a coarse grid), times the code itself.
+# with the codes of seven others; with a negative scale (a coarse grid), its size times the code.
 
 MAGIC, VERSION = b"GPTHEAD", b"5"
 STORED = [name for name, scope in SCOPES.items() if scope in ("model", "eval")]
@@ -2069,8 +2080,8 @@ def rounded_weights(model, roles, step):
     if not step:
         yield
         return
-    weights = {name: p.detach() for name, p in model.named_parameters() if ROLES[roles[name]].finer}
-    masters = {name: weight.clone() for name, weight in weights.items()}
+    weights = model.state_dict()
+    masters = {name: w.clone() for name, w in weights.items() if ROLES[roles[name]].finer}
     try:
         for names, codes, scale in quantized(masters, roles, step):
             for name, rounded in zip(names, dequantized(codes, scale)):
@@ -2159,7 +2170,7 @@ def decode_payload(s, payload):
     with torch.device("meta"):  # names and shapes, no memory
         model = GPT(s)
     roles, parameters = model.parameter_roles(), dict(model.named_parameters())
-    count = sum(p.numel() for p in parameters.values())
+    count = count_values(parameters.values())
     expect(count <= 32 * len(payload), f"{len(payload)} bytes cannot hold {count} weights")
 
     most = 4 * count + len(parameters)  # bytes: a float has 4; a code 1, 12 bits and a rare int16
@@ -2225,6 +2236,10 @@ def artifact_weights(artifact):
         return decode_payload(check_head(s), artifact.payload)
 
 
+def count_values(tensors):
+    return sum(tensor.numel() for tensor in tensors)
+
+
 def expect(condition, otherwise):
     """ValueError, saying what is otherwise."""
     if not condition:
@@ -2267,7 +2282,7 @@ def fit(size, limit):
 
 def fit_sample(state, roles, codec, limit):
     """`fit` of every n-th row of each matrix: half a million weights tell the step well enough."""
-    every = max(1, sum(weight.numel() for weight in state.values()) // 2**19)
+    every = max(1, count_values(state.values()) // 2**19)
     sample = {}
     for name, weight in state.items():
         rows = weight.flatten(0, -2) if ROLES[roles[name]].finer else weight.flatten()
@@ -2395,30 +2410,27 @@ def claim_folder(s):
 
 def earlier_run(folder, s, facts):
     """A finished run's result and an interrupted one's checkpoint, None where there is none."""
-    result, checkpoint = None, None
-    damaged = "is damaged, delete it"
-    if (path := folder / "submission.json").exists():
-        with blaming(path, damaged):
-            result = json.loads(path.read_text())
-            then, kept = result["settings"], ("data_sha256", "init_sha256")
-            same = [result[name] for name in kept] == [facts[name] for name in kept]
-            expect(
-                math.isfinite(result["val_bpb"] + result["bytes_total"] + then["seed"]),
-                "no figures",
-            )
-    elif (path := folder / "checkpoint.pt").exists():
-        with blaming(path, damaged):
-            with zipfile.ZipFile(path) as archive:  # torch does not look at its checksums
+    finished, saved = folder / "submission.json", folder / "checkpoint.pt"
+    if finished.exists():
+        with blaming(finished, "is damaged, delete it"):
+            result = json.loads(finished.read_text())
+            then, data = result["settings"], (result["data_sha256"], result["init_sha256"])
+            figures = result["val_bpb"] + result["bytes_total"] + then["seed"]
+            expect(math.isfinite(figures), "a figure is no number")
+        check_same_run(s, then, data == (facts["data_sha256"], facts["init_sha256"]))
+        return result, None
+
+    if saved.exists():
+        with blaming(saved, "is damaged, delete it"):
+            with zipfile.ZipFile(saved) as archive:  # torch does not look at its checksums
                 expect(archive.testzip() is None, "checksum mismatch")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            then, same = checkpoint["settings"], checkpoint["facts"] == facts
-            as_numbers = [
-                float(checkpoint[name]) for name in ("steps", "seconds", "grid", "validated")
-            ]
-            expect(all(map(math.isfinite, as_numbers)), "a number is none")
-    if result or checkpoint:
-        check_same_run(s, then, same)
-    return result, checkpoint
+            checkpoint = torch.load(saved, map_location="cpu", weights_only=True)
+            then, facts_then = checkpoint["settings"], checkpoint["facts"]
+            numbers = checkpoint["seconds"] + checkpoint["grid"] + checkpoint["validated"]
+            expect(math.isfinite(numbers), "a number is none")
+        check_same_run(s, then, facts_then == facts)
+        return None, checkpoint
+    return None, None
 
 
 # ---- Train: the loop reads like the algorithm ----------------------------------------------------
@@ -2462,7 +2474,8 @@ class Trainer:
         self.roles, self.parameters = model.parameter_roles(), list(model.parameters())
         self.loss = world.compiled(model, s)
         self.optimizers = build_optimizers(model, s, world)
-        self.average = [p.detach().clone() for p in self.parameters] if s.use_ema else []
+        self.weights = [*model.state_dict().values()]  # the parameters, detached
+        self.average = copy.deepcopy(self.weights) if s.use_ema else []
         self.steps, self.clock = 0, Clock(world)
         self.grid = 0.0  # the export's step that late QAT trains through; 0: not yet
         self.validated = -1  # the step last validated
@@ -2509,8 +2522,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         if s.use_ema:
-            latest = [p.detach() for p in self.parameters]
-            torch._foreach_lerp_(self.average, latest, 1 - average_decay(self.steps, s))
+            torch._foreach_lerp_(self.average, self.weights, 1 - average_decay(self.steps, s))
         self.steps, self.whole = self.steps + 1, True
         return total
 
@@ -2521,11 +2533,11 @@ class Trainer:
 
     def exported(self):
         """The weights that the artifact will hold, by name: the average, or the last ones."""
-        return dict(zip(self.roles, self.average or [p.detach() for p in self.parameters]))
+        return dict(zip(self.roles, self.average or self.weights))
 
     def tensors(self):
         """All that training changes on the device, in a fixed order."""
-        tensors = [*(p.detach() for p in self.parameters), *self.average]
+        tensors = [*self.weights, *self.average]
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 tensors += state.values()
@@ -2560,7 +2572,7 @@ class Trainer:
 
     def save(self, log):
         """Write checkpoint.pt on rank 0, unless the state is broken: then the one before stays."""
-        good = self.whole and all(p.isfinite().all() for p in self.parameters)
+        good = self.whole and all(weight.isfinite().all() for weight in self.weights)
         if good and log.folder is not None:
             buffer = io.BytesIO()
             torch.save(dict(self.state(), settings=self.settings.as_dict()), buffer)
@@ -2569,13 +2581,13 @@ class Trainer:
 
     def begin(self, checkpoint, shards, log):
         """The start, or a checkpoint's state; then WARMUP_STEPS steps, which are undone."""
-        s, count = self.settings, sum(p.numel() for p in self.parameters)
+        s, count = self.settings, count_values(self.parameters)
         needed = 50 * count  # bytes: two checkpoints and the artifact
         if log.folder is not None and shutil.disk_usage(log.folder).free < needed:
             raise UserError(f"{log.folder}: has less than {needed} bytes free; free the disk")
 
         if checkpoint is None:
-            trained = sum(p.numel() for p in self.parameters if p.requires_grad)
+            trained = count_values(filter(lambda p: p.requires_grad, self.parameters))
             log.write(f"model_params:{count}\ntrained_params:{trained}")
         else:
             self.resume(checkpoint, Path("runs") / s.run_id / "checkpoint.pt")
@@ -2625,9 +2637,8 @@ class Trainer:
     def start_late_qat(self, log):
         """From now on train through the rounding at which the present weights would fit the cap."""
         s, world = self.settings, self.world
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
         if world.rank == 0:
-            limit = s.size_limit_bytes - len(source())
+            weights, limit = self.model.state_dict(), s.size_limit_bytes - len(source())
             self.grid = fit_sample(weights, self.roles, s.compress_algo, limit)
         self.grid = world.agree(self.grid)
         log.write(f"late_qat: from step {self.steps}, quantization step {self.grid:.4g}")
@@ -2804,10 +2815,11 @@ def finish(trainer, validation, log):
         author=s.author,
         github_id=s.github_id,
         name=f"{s.num_layers}L {s.head_type} head",
-        blurb=f"{s.num_layers} x {s.model_dim}, {s.head_type} head, on {s.data_path}, {s.eval_split}",
+        blurb=f"{s.num_layers} x {s.model_dim}, {s.head_type} head, {s.data_path} {s.eval_split}",
         date=f"{datetime.date.today()}",
         track="non-record-16mb",
         seed=s.seed,
+        # the artifact at EVAL_STRIDE, on plain windows, and the weights before packing
         val_loss=final[0],
         val_bpb=final[1],
         plain_val_loss=plain[0],
@@ -2818,6 +2830,7 @@ def finish(trainer, validation, log):
         wallclock_seconds=trainer.clock.seconds(),
         eval_time_seconds=final[2],
         **sizes,
+        # circumstances
         hardware=world.hardware(),
         head=s.head_type,
         **trainer.facts,
@@ -3018,6 +3031,8 @@ def read_runs(pattern):
             run = json.loads((folder / "submission.json").read_text())
             for name in ("val_bpb", "bytes_total", "step_stop", "wallclock_seconds", "seed"):
                 expect(abs(run[name]) < 1e15, f"{name} is no number")
+
+            # what follows from it
             over = run["bytes_total"] > run["settings"]["size_limit_bytes"]
             ms = 1000 * run["wallclock_seconds"] / max(run["step_stop"], 1)
             own = dict(folder=folder, over=over, ms=ms, key=configuration(run["settings"]))
@@ -3132,6 +3147,8 @@ def draw(rows, folder):
         if row in compared:
             place, width = compared.index(row), row["test"][2] if row["test"] else 0
             gains.errorbar(row["gain"], place, xerr=width, fmt="o", color=f"C{i}", capsize=4)
+
+    # what the axes say
     curves.set(xlabel="seconds of training", ylabel="loss, nats a token (dot: validation)")
     curves.legend(fontsize=8)
     gains.axvline(0, color="grey")

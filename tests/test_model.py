@@ -5,7 +5,6 @@ import math
 from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 from conftest import cpu_world, small
 
@@ -31,7 +30,25 @@ SWITCHES = [
     dict(num_layers=5, ve_layers="4,0,2"),
     dict(num_layers=2, ve_layers="0", xsa_last_n=1),
     dict(num_layers=1, ve_layers="0", xsa_last_n=1),
-    dict(mlp_mult=1),
+    dict(mlp_mult=1, mlp_slope=0.5),
+    dict(attn_window=5, attn_window_layers=3),
+    dict(bigram_at="input"),
+    dict(skip_gates=True),
+    dict(loop_layers="1,2"),
+    dict(loop_layers="0,1,2,3", skip_gates=True),
+    dict(parallel_from=2),
+    dict(  # as in PRESET=best
+        num_layers=6,
+        loop_layers="2,3",
+        parallel_from=4,
+        ve_layers="3,5",
+        xsa_last_n=6,
+        attn_window=7,
+        attn_window_layers=4,
+        bigram_at="input",
+        skip_gates=True,
+        mlp_slope=0.5,
+    ),
 ]
 
 
@@ -94,8 +111,10 @@ def rotate(v, angles):
     return out
 
 
-def naive_attention(w, s, prefix, x, value, exclusive):
+def naive_attention(w, s, layer, x, value):
     """T x D -> T x D, one query head and one position at a time."""
+    prefix = f"blocks.{layer}.attn"
+    window = s.attn_window if s.attn_window and layer < s.attn_window_layers else len(x)
     H, G, C = s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads
     q, k, v = (x @ w[f"{prefix}.{name}.weight"].T for name in "qkv")
     v = v if value is None else v + value
@@ -106,72 +125,98 @@ def naive_attention(w, s, prefix, x, value, exclusive):
         keys = [rotate(rms(k[t, theirs]), angles[t]) for t in range(len(x))]
         for t in range(len(x)):
             query = rotate(rms(q[t, mine]), angles[t]) * w[f"{prefix}.q_gain"][h]
-            scores = np.array([query @ key for key in keys[: t + 1]]) / math.sqrt(C)
+            seen = range(max(0, t + 1 - window), t + 1)
+            scores = np.array([query @ keys[i] for i in seen]) / math.sqrt(C)
             p = np.exp(scores - scores.max())
-            out = (p / p.sum()) @ v[: t + 1, theirs]
-            own = v[t, theirs]
-            y[t, mine] = out - (out @ own) / (own @ own + 1e-7) * own if exclusive else out
+            y[t, mine] = (p / p.sum()) @ v[seen.start : seen.stop, theirs]
+            if layer >= s.num_layers - s.xsa_last_n:
+                own = v[t, theirs]
+                y[t, mine] -= (y[t, mine] @ own) / (own @ own + 1e-7) * own
     return y @ w[f"{prefix}.out.weight"].T
+
+
+def naive_embeddings(w, s, tokens):
+    """The first stream, and the bigram's part, T x D."""
+    first = [t == 0 or tokens[t] == BOS for t in range(len(tokens))]
+
+    def smeared(x):
+        if not s.smear_gate:
+            return x
+        gate = 1 / (1 + np.exp(-w["smear.gate"]))
+        before = [np.zeros_like(x[0]) if first[t] else x[t - 1] for t in range(len(x))]
+        return (1 - gate) * x + gate * np.stack(before)
+
+    x, bigram = w["tok_emb.weight"][tokens], 0.0
+    if s.bigram_hash:
+        rows = []
+        for t, token in enumerate(tokens):
+            hashed = (36313 * token ^ 27191 * tokens[t - 1]) % (s.bigram_vocab_size - 1)
+            rows.append(s.bigram_vocab_size - 1 if first[t] else hashed)
+        bigram = w["bigram.table.weight"][rows] @ w["bigram.proj.weight"].T
+    if s.bigram_hash and s.bigram_at == "input":
+        return smeared(rms(x + w["bigram.layer_scale"][0] * bigram)), 0.0
+    return rms(smeared(x)), bigram
 
 
 def naive_logits(w, s, tokens):
     """Logits T x V of the tied head for a list of tokens."""
-    T, L = len(tokens), s.num_layers
-    first = [t == 0 or tokens[t] == BOS for t in range(T)]
-    x = w["tok_emb.weight"][tokens]
-    if s.smear_gate:
-        gate = 1 / (1 + np.exp(-w["smear.gate"]))
-        x = np.stack([(1 - gate) * x[t] + (0 if first[t] else gate * x[t - 1]) for t in range(T)])
-    x = x0 = rms(x)
-    if s.bigram_hash:
-        rows = [
-            s.bigram_vocab_size - 1
-            if first[t]
-            else (36313 * tokens[t] ^ 27191 * tokens[t - 1]) % (s.bigram_vocab_size - 1)
-            for t in range(T)
-        ]
-        bigram = w["bigram.table.weight"][rows] @ w["bigram.proj.weight"].T
+    L = s.num_layers
+    x, bigram = naive_embeddings(w, s, tokens)
+    x0, lane, stored = x, None, []
     value_layers = sorted(map(int, s.ve_layers.split(","))) if s.value_embed else []
-    stored = {}
-    for i in range(L):
-        partner = (
-            2 * (L // 2) - 1 - i
-        )  # the stored layer that layer i takes back: 4 before 5, 3 before 6, ...
-        if i >= L // 2 and partner >= 0:
-            x = x + w["skip_weights"][i - L // 2] * stored[partner]
-        if s.bigram_hash:
+    loop = [int(text) for text in s.loop_layers.split(",")] if s.loop_layers else []
+    order = [*range(loop[-1] + 1), *loop, *range(loop[-1] + 1, L)] if loop else [*range(L)]
+    half = len(order) // 2
+    for place, i in enumerate(order):
+        # back come the layers before the middle, the last first, as far as there are weights
+        index = place - half
+        if 0 <= index < min(half, L // 2) and lane is None:
+            skipped = w["skip_weights"][index] * stored[half - 1 - index]
+            if s.skip_gates:
+                gate = 1 / (1 + np.exp(-w["skip_gates"][index]))
+                x = gate * x + (1 - gate) * skipped
+            else:
+                x = x + skipped
+        if s.bigram_hash and s.bigram_at == "layers":
             x = x + w["bigram.layer_scale"][i] * bigram
+        if i >= s.parallel_from and lane is None:
+            lane = x
+
         b = f"blocks.{i}"
         x = w[f"{b}.resid_mix"][0] * x + w[f"{b}.resid_mix"][1] * x0
         damp = 1 / math.sqrt(i + 1) if s.ln_scale else 1.0
         value = None
         if i in value_layers:
             value = w["value_embed.table.weight"][tokens] @ w["value_embed.proj.weight"].T
-            value = (
-                value * w["value_embed.scale"] * w["value_embed.layer_scale"][value_layers.index(i)]
-            )
-        y = naive_attention(
-            w, s, f"{b}.attn", rms(x) * damp, value, exclusive=i >= L - s.xsa_last_n
-        )
-        x = x + w[f"{b}.attn_scale"] * y
-        hidden = np.maximum(rms(x) * damp @ w[f"{b}.mlp.up.weight"].T, 0) ** 2
-        x = x + w[f"{b}.mlp_scale"] * (hidden @ w[f"{b}.mlp.down.weight"].T)
-        stored[i] = x
+            value = value * w["value_embed.scale"]
+            value = value * w["value_embed.layer_scale"][value_layers.index(i)]
+        x = x + w[f"{b}.attn_scale"] * naive_attention(w, s, i, rms(x) * damp, value)
+
+        y = x if lane is None else lane
+        up = rms(y) * damp @ w[f"{b}.mlp.up.weight"].T
+        hidden = np.where(up > 0, up, s.mlp_slope * up) ** 2
+        y = y + w[f"{b}.mlp_scale"] * (hidden @ w[f"{b}.mlp.down.weight"].T)
+        if lane is None:
+            x = y
+        else:
+            lane = y
+        stored.append(x)
+    if lane is not None:
+        x = w["lane_share"] * x + (1 - w["lane_share"]) * lane
     z = rms(x) @ w["tok_emb.weight"].T
     return s.logit_softcap * np.tanh(z / s.logit_softcap) if s.logit_softcap else z
 
 
-@pytest.mark.parametrize("switch", SWITCHES, ids=str)
-def test_nll_equals_an_independent_implementation(switch):
-    s = small(**switch)
-    model = random_model(s)
-    w = {name: value.numpy() for name, value in model.state_dict().items()}
-    x, y = documents(s)
-    found = model.nll(x, y).detach().numpy()
-    for b in range(len(x)):
-        z = naive_logits(w, s, x[b].tolist())
-        expected = np.log(np.exp(z).sum(-1)) - z[np.arange(len(z)), y[b].numpy()]
-        np.testing.assert_allclose(found[b], expected, rtol=0, atol=1e-10)
+def test_nll_equals_an_independent_implementation_with_every_switch():
+    for switch in SWITCHES:
+        s = small(**switch)
+        model = random_model(s)
+        w = {name: value.numpy() for name, value in model.state_dict().items()}
+        x, y = documents(s)
+        for tokens, targets, found in zip(x.tolist(), y.numpy(), model.nll(x, y).detach().numpy()):
+            z = naive_logits(w, s, tokens)
+            expected = np.log(np.exp(z).sum(-1)) - z[np.arange(len(z)), targets]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10, err_msg=str(switch))
 
 
 # ---- What a token may see ----
@@ -199,7 +244,7 @@ def test_no_head_sees_the_target():
 
 
 def test_smear_gate_and_bigram_hash_stop_at_a_document_boundary():
-    for switch in (dict(), dict(smear_gate=False), dict(bigram_hash=False)):
+    for switch in SWITCHES[:3] + [dict(bigram_at="input")]:
         model = random_model(small(**switch))
         for block in model.blocks:  # attention alone may look across documents
             torch.nn.init.zeros_(block.attn_scale)
@@ -309,11 +354,13 @@ def test_initial_values_are_the_published_ones():
         "attn_scale": 1.0,
         "mlp_scale": 1.0,
         "skip_weights": 1.0,
+        "skip_gates": 0.0,
+        "lane_share": 0.5,
         "value_embed.scale": 0.1,
         "value_embed.layer_scale": 1.0,
     }
     deviations = {"tok_emb.weight": 0.005, "value_embed.table.weight": 0.01}
-    weights = initial()
+    weights = initial(skip_gates=True, parallel_from=2)
     for name, w in weights.items():
         constant = [value for end, value in constants.items() if name.endswith(end)]
         if constant:
@@ -342,6 +389,17 @@ def test_a_model_learns_with_every_switch():
         trainer = Trainer(GPT(s), s, cpu_world())
         losses = [trainer.step([documents(s)], 1.0, 0.0).item() for _ in range(4)]
         assert losses == sorted(losses, reverse=True) and losses[3] < losses[0] - 0.1, switch
+
+
+def test_the_looped_layers_run_once_until_their_share_of_training_and_then_twice():
+    plain, looped = (small(loop_layers=layers, loop_start_frac=0.5) for layers in ("", "1,2"))
+    trainers = []
+    for s in (plain, looped):
+        torch.manual_seed(0)
+        trainers.append(Trainer(GPT(s), s, cpu_world()))
+    for share, same in ((0.0, True), (0.499, True), (0.5, False), (1.0, False)):
+        losses = [trainer.step([documents(plain)], 1.0, share).item() for trainer in trainers]
+        assert (losses[0] == losses[1]) == same, share
 
 
 def test_bf16_arithmetic_stays_near_float32_and_keeps_float32_masters():

@@ -94,7 +94,8 @@ TELLING = dict(
     head_lr=0.5,
     muon_weight_decay=0.6,
     adam_wd=0.7,
-    head_start_frac=0.8,
+    scalar_wd=0.8,
+    head_start_frac=0.9,
 )
 
 
@@ -102,13 +103,13 @@ def expected_rule(name):
     """Optimizer, rate, decay and start by the design: matrices to Muon, all else to Adam."""
     owner, _, own = name.rpartition(".")
     if owner == "head":
-        axes = own.partition("_")[2]  # C_VR: one of its axes is the vocabulary
         if own.startswith("gate") or own == "g":
-            return "adam", 0.2, 0.7, 0.8
-        return ("adam", 0.5, 0.7, 0.8) if "V" in axes else ("muon", 0.4, 0.6, 0.8)
+            return "adam", 0.2, 0.8, 0.9
+        axes = own.partition("_")[2]  # of C_VR one is the vocabulary
+        return ("adam", 0.5, 0.7, 0.9) if "V" in axes else ("muon", 0.4, 0.6, 0.9)
     if owner == "tok_emb" or owner.endswith(".table"):
         return "adam", 0.3, 0.7, 0.0
-    return ("muon", 0.1, 0.6, 0.0) if own == "weight" else ("adam", 0.2, 0.7, 0.0)
+    return ("muon", 0.1, 0.6, 0.0) if own == "weight" else ("adam", 0.2, 0.8, 0.0)
 
 
 def rules(trainer):
@@ -133,10 +134,16 @@ def all_heads():
 
 
 def test_every_parameter_is_in_one_group_with_optimizer_rate_decay_and_start_of_its_role():
+    everything = dict(skip_gates=True, parallel_from=3, loop_layers="1,2")
     for kind in [*all_heads(), dict(head_type="delta", head_rank=0)]:
-        t = trainer(**kind, **TELLING)
+        t = trainer(**kind, **TELLING, **everything)
         expected = {name: expected_rule(name) for name, _ in t.model.named_parameters()}
         assert rules(t) == expected, kind
+
+
+def test_scalars_decay_as_tables_where_their_own_decay_is_not_set():
+    decays = {rule[2] for rule in rules(trainer(**{**TELLING, "scalar_wd": -1.0})).values()}
+    assert decays == {0.6, 0.7}
 
 
 def test_what_is_not_trained_is_in_no_group():
@@ -287,6 +294,24 @@ def test_muon_takes_a_stack_as_separate_matrices():
             optimizer.step()
     torch.testing.assert_close(stack.detach(), torch.stack(parts).detach(), rtol=1e-5, atol=1e-6)
     assert (stack - start).abs().amax(dim=(1, 2)).min() > 0.01
+
+
+def test_with_row_norm_the_scale_of_a_gradients_row_does_not_matter():
+    g = torch.Generator().manual_seed(0)
+    gradient, scale = torch.randn(24, 6, generator=g), 10 ** torch.randn(24, 1, generator=g)
+    for row_norm in (False, True):
+        moves = []
+        for scaled in (gradient, gradient * scale):
+            p = nn.Parameter(torch.zeros(24, 6))
+            group = dict(params=[p], lr=0.05, momentum=0.9)
+            p.grad = scaled.clone()
+            Muon([group], cpu_world(), torch.float32, row_norm).step()
+            moves.append(p.detach())
+        assert torch.allclose(*moves, rtol=1e-4, atol=1e-6) == row_norm
+    expected = -0.05 * 2 * newton_schulz(nn.functional.normalize(gradient), torch.float32)
+    torch.testing.assert_close(moves[0], expected, rtol=1e-4, atol=1e-6)
+    for optimizer in trainer(muon_row_norm=True).optimizers:
+        assert not isinstance(optimizer, Muon) or optimizer.row_norm
 
 
 # ---- What the ranks tell each other ----
