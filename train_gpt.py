@@ -1,4 +1,4 @@
-"""Train a small GPT with a chosen output head, pack it in 16,000,000 bytes, score it in bits a byte.
+"""Train a small GPT with a chosen output head, pack it in 16,000,000 bytes, score it (bits a byte).
 
 One script, in the style of OpenAI's parameter-golf challenge, built to answer one question: does an
 output head of higher rank than the tied softmax earn its bytes and its time?  Everything is chosen
@@ -1549,11 +1549,11 @@ VARIANTS = {
 
 def head_class(s):
     """The class of HEAD_TYPE, or of its HEAD_VARIANT; UserError where there is none."""
-    source, text = s.given.get("HEAD_TYPE", ("HEAD_TYPE", s.head_type))
-    check_choice(source, text, HEADS)
+    source, _ = s.given.get("HEAD_TYPE", ("HEAD_TYPE", ""))
+    check_choice(source, s.head_type, HEADS)
     if not s.head_variant:
-        return HEADS[text]
-    variant = f"{text}/{s.head_variant}"
+        return HEADS[s.head_type]
+    variant = f"{s.head_type}/{s.head_variant}"
     if variant not in VARIANTS:
         raise s.wrong("HEAD_VARIANT", f"be empty, or one of {', '.join(VARIANTS)}")
     return VARIANTS[variant]
@@ -1568,8 +1568,12 @@ def check_head(s):
             raise s.wrong(name, f"be unset: {named} does not use it ({', '.join(users)} does)")
     if s.head_rank < head.least_rank:
         raise s.wrong("HEAD_RANK", f"be at least 1 with {named}")
+    if s.head_type == "tied" and not s.head_trainable:
+        raise s.wrong("HEAD_TRAINABLE", "be 1 where the head has no parameters of its own")
     if s.train_only == "head" and (s.head_type == "tied" or not s.head_trainable):
         raise s.wrong("TRAIN_ONLY", "be all where no head is trained")
+    if s.head_start_frac and (s.train_only == "head" or not s.head_trainable):
+        raise s.wrong("HEAD_START_FRAC", "be 0 where the head is not trained, or alone")
 
     rates = {}
     for name in {"head_lr", "head_matrix_lr"} & set(head.uses):
@@ -1918,7 +1922,9 @@ def windows(tokens_N, stride, s, world):
     starts = torch.arange(0, max(end - 1 - T + stride, 1), stride, device=device)
     batches = list(starts.split(B))
     if stride < T:  # the first window scores more than the others: it is a batch of its own
-        batches = [starts[:1], *starts[1:].split(B)]
+        batches = [starts[:1]]
+        if len(starts) > 1:
+            batches += starts[1:].split(B)
 
     share = batches[world.rank :: world.size]
     for i, batch in enumerate(share):
@@ -2175,17 +2181,19 @@ def decode_payload(s, payload):
 
     most = 4 * count + len(parameters)  # bytes: a float has 4; a code 1, 12 bits and a rare int16
     raw = io.BytesIO(inflate(payload, s.compress_algo, most))
-    state, sizes = {}, []
+    codes, sizes = {}, []
     for name, p in parameters.items():
         sizes.append(p.numel())
         if ROLES[roles[name]].finer:
-            state[name] = decode_integers(raw, p.numel()).view(-1, p.size(-1))
+            codes[name] = decode_integers(raw, p.numel()).view(-1, p.size(-1))
             sizes[-1] = 1  # its scale
     floats = decode_floats(raw, sum(sizes)).split(sizes)
     expect(not raw.read(1), "the payload holds more than its tensors")
-    for (name, p), values in zip(parameters.items(), floats):
-        codes = state.get(name)
-        weight = values if codes is None else dequantized(codes, values)
+
+    state = {}
+    for (name, p), weight in zip(parameters.items(), floats):
+        if name in codes:
+            weight = dequantized(codes.pop(name), weight)
         state[name] = weight.view(p.shape)
     return state
 
@@ -2480,6 +2488,7 @@ class Trainer:
         self.grid = 0.0  # the export's step that late QAT trains through; 0: not yet
         self.validated = -1  # the step last validated
         self.whole = True  # False while a step is applied
+        model.looped = s.loop_start_frac == 0
 
     def step(self, batches, scale, share):
         """Train on this rank's micro-batches; the mean loss of all ranks, a scalar on the device.
@@ -2595,10 +2604,12 @@ class Trainer:
         if self.loss is not self.model:
             log.write("compiling: the first steps take minutes, outside the clock")
         before = copy.deepcopy(self.state())
-        for step in range(min(s.warmup_steps, s.iterations)):
-            share = float(step % 2)  # both graphs, where LOOP_LAYERS run twice later on
-            self.step(train_batch(shards, step, s, self.world), 1.0, share)
-        self.restore(before)
+        try:
+            for step in range(min(s.warmup_steps, s.iterations)):
+                share = float(step % 2)  # both graphs, where LOOP_LAYERS run twice later on
+                self.step(train_batch(shards, step, s, self.world), 1.0, share)
+        finally:
+            self.restore(before)
 
     def validate(self, validation, log):
         """Score the present weights, plainly, and log it."""
@@ -2922,8 +2933,8 @@ def end_early(error, trainer, log):
             if trainer.save(log):
                 again = f"the same command with RUN_ID={trainer.settings.run_id} goes on"
                 reason += f"; saved at step {trainer.steps}, {again}"
-        except UserError as failure:
-            reason += f"; no checkpoint: {failure}"
+        except Exception as failure:
+            reason += f"; no checkpoint: {in_words(failure) or failure}"
     with suppress(UserError):
         log.write(f"ended: {reason}")
 

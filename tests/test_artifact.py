@@ -445,6 +445,20 @@ def test_a_sample_of_the_rows_of_a_large_model_tells_its_step():
     assert found == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.slow
+def test_late_qat_s_step_is_the_export_s_for_the_study_s_model_and_a_large_vocabulary():
+    """Of which a fiftieth is sampled: 512 rows or columns hold no whole number of fiftieths."""
+    for variables in ({}, dict(VOCAB_SIZE="8192", NUM_LAYERS="9", VE_LAYERS="7,8")):
+        with torch.device("meta"):
+            model = GPT(from_env(variables))
+        roles, draw = model.parameter_roles(), torch.Generator().manual_seed(0)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        state = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+        step = fit_sample(state, roles, "zlib", 15_850_000)
+        found = len(encode_payload(state, roles, step, "zlib"))
+        assert 0.98 * 15_850_000 < found < 1.02 * 15_850_000, variables
+
+
 @each_codec
 def test_payloads_are_near_the_order_0_entropy_of_the_integers(codec):
     """Within 1.5% for deflate, 1.7% where an integer has less than 4 bits; 3% for zstd's Huffman tables."""
@@ -597,11 +611,11 @@ def test_encoding_is_deterministic_and_leaves_the_weights_alone():
 
 
 @quick
-@given(st.integers(1, 50), st.integers(0, 15), st.integers(0, 15), st.integers(0, 99))
+@given(st.integers(1, 50), st.integers(0, 15), st.integers(0, 14), st.integers(0, 99))
 def test_integers_survive_however_they_are_spread(count, bits, outlier, seed):
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(1 - 2**bits, 2**bits, (count,), generator=draw).float()
-    codes[seed % count] = (-1) ** seed * (2**outlier - 1)
+    codes[seed % count] = (-1) ** seed * 2**outlier - seed // 50  # about where bytes end
     raw = encode_integers(codes)
     stream = io.BytesIO(raw + b"next")
     assert torch.equal(decode_integers(stream, count), codes) and stream.read() == b"next"

@@ -387,8 +387,8 @@ def test_a_model_learns_with_every_switch():
         s = small(**switch)
         torch.manual_seed(0)
         trainer = Trainer(GPT(s), s, cpu_world())
-        losses = [trainer.step([documents(s)], 1.0, 0.0).item() for _ in range(4)]
-        assert losses == sorted(losses, reverse=True) and losses[3] < losses[0] - 0.1, switch
+        losses = [trainer.step([documents(s)], 1.0, 0.0).item() for _ in range(3)]
+        assert losses[0] - 0.05 > losses[1] > losses[2] + 0.05, (switch, losses)
 
 
 def test_the_looped_layers_run_once_until_their_share_of_training_and_then_twice():

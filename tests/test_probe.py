@@ -1,46 +1,25 @@
-"""Whole runs that start from another: INIT_FROM, TRAIN_ONLY=head; heads that leave the embedding; the measured rank."""
+"""Runs that start from an artifact (INIT_FROM, TRAIN_ONLY=head), late heads, the measured rank."""
 
-import contextlib
-import io
 import json
-import os
 import re
-from unittest import mock
 
 import pytest
 import torch
-from test_runs import SMALL, data, environment, losses, run  # noqa: F401
+from conftest import SMALL_RUN, losses, run, run_here
 
 import train_gpt
 
-SMALL = dict(SMALL, WARMDOWN_ITERS=0)
-SIZES = dict.fromkeys(("factorized", "mos", "delta", "wide", "bigram"), dict(HEAD_RANK=8)) | dict(
-    simplex=dict(HEAD_DIM=16)
-)
+PROBE = dict(SMALL_RUN, WARMDOWN_ITERS=0)
+SIZES = dict.fromkeys(("factorized", "mos", "delta", "wide", "bigram"), dict(HEAD_RANK=8))
+SIZES["simplex"] = dict(HEAD_DIM=16)
 
 
 def head(name, **more):
-    return dict(HEAD_TYPE=name, **SIZES.get(name, {})) | more
-
-
-def run_here(cwd, *settings, code=0):
-    """`run` in this process: the same, but for two seconds of start-up."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        mock.patch.dict(os.environ, environment(*settings), clear=True),
-        mock.patch("signal.signal"),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.chdir(cwd)
-        patch.setattr("sys.argv", ["train_gpt.py"])
-        assert train_gpt.main() == code, out.getvalue() + err.getvalue()
-    return out.getvalue(), err.getvalue()
+    return dict(HEAD_TYPE=name, RUN_ID=name, **SIZES.get(name, {})) | more
 
 
 def bpb(cwd, name):
-    return json.loads((cwd / "runs" / name / "submission.json").read_text())["val_bpb"]
+    return losses(cwd / "runs" / name)[1]
 
 
 def artifact(name):
@@ -48,76 +27,65 @@ def artifact(name):
 
 
 def weights(cwd, name):
-    return train_gpt.unpack((cwd / artifact(name)).read_bytes())[1]
+    opened = train_gpt.open_artifact(name, (cwd / artifact(name)).read_bytes())
+    return train_gpt.artifact_weights(opened)
 
 
 @pytest.fixture(scope="module")
-def cwd(data, tmp_path_factory):  # noqa: F811
+def cwd(data, tmp_path_factory):
     """A folder with two finished runs, `tied` and `mos`, and two damaged artifacts."""
     cwd = tmp_path_factory.mktemp("probe")
     for name in ("tied", "mos"):
-        run_here(cwd, SMALL, data, head(name, RUN_ID=name))
+        run_here(cwd, PROBE, data, head(name))
     blob = (cwd / artifact("tied")).read_bytes()
     (cwd / "cut.ptz").write_bytes(blob[:-100])
     (cwd / "flipped.ptz").write_bytes(blob[:5000] + bytes([blob[5000] ^ 1]) + blob[5001:])
     return cwd
 
 
-@pytest.mark.parametrize(
-    "source, name",
-    [
-        ("tied", "tied"),
-        ("mos", "mos"),
-        *(("tied", name) for name in ("delta", "wide", "bigram", "mos", "untied")),
-    ],
-)
-def test_init_from_without_training_scores_as_the_run_it_starts_from(source, name, cwd, data):  # noqa: F811
-    again = f"{source}-{name}"
-    out, _ = run_here(
-        cwd, SMALL, data, head(name, RUN_ID=again, INIT_FROM=artifact(source), ITERATIONS=0)
-    )
-    assert bpb(cwd, again) == pytest.approx(bpb(cwd, source), abs=5e-5)
-    assert re.search(
-        rf"^init_from: trunk{' and head' * (name == source)} of {artifact(source)}$", out, re.M
-    )
+def test_init_from_without_training_scores_as_the_run_it_starts_from(cwd, data):
+    """With the same head, and with heads that start at the tied one."""
+    for source, name in (("mos", "mos"), ("tied", "untied"), ("tied", "delta")):
+        start = dict(RUN_ID=f"{source}-{name}", INIT_FROM=artifact(source), ITERATIONS=0)
+        out = run_here(cwd, PROBE, data, head(name, **start))
+        assert bpb(cwd, f"{source}-{name}") == pytest.approx(bpb(cwd, source), abs=5e-5)
+        what = "trunk and head" if name == source else "trunk"
+        assert f"\ninit_from: {what} of {artifact(source)}\n" in out
+
+    # the trunk's shape is the artifact's, where nobody says it
+    model = {name.upper() for name, scope in train_gpt.SCOPES.items() if scope == "model"}
+    free = {name: value for name, value in PROBE.items() if name not in model}
+    run_here(cwd, free, data, dict(RUN_ID="same", INIT_FROM=artifact("tied"), ITERATIONS=0))
+    assert bpb(cwd, "same") == pytest.approx(bpb(cwd, "tied"), abs=5e-5)
 
 
-def test_init_from_leaves_a_head_of_another_size_as_it_starts(cwd, data):  # noqa: F811
-    wider = head("mos", HEAD_K=3, RUN_ID="wider", INIT_FROM=artifact("mos"), ITERATIONS=0)
-    out, _ = run_here(cwd, SMALL, data, wider)
-    found = weights(cwd, "wider")
-    assert f"init_from: trunk of {artifact('mos')}\n" in out
-    assert (
-        found["head.U_KDR"].shape == (3, 32, 8)
-        and not found["head.U_KDR"].any()
-        and weights(cwd, "mos")["head.U_KDR"].any()
-    )
+def test_init_from_leaves_a_head_of_another_size_as_it_starts(cwd, data):
+    start = dict(RUN_ID="wider", INIT_FROM=artifact("mos"), ITERATIONS=0)
+    out = run_here(cwd, PROBE, data, head("mos", HEAD_K=3, **start))
+    assert f"\ninit_from: trunk of {artifact('mos')}\n" in out
+    before, after = weights(cwd, "mos"), weights(cwd, "wider")
+    assert after["head.U_KDR"].shape == (3, 32, 8)
+    assert before["head.U_KDR"].any() and not after["head.U_KDR"].any()
 
 
-@pytest.mark.parametrize("name", ["untied", "factorized", "mos"])
-def test_train_only_head_moves_the_head_and_leaves_the_trunk(name, cwd, data):  # noqa: F811
-    for steps in (0, 3):
-        refit = head(
-            name,
-            RUN_ID=f"{name}-{steps}-steps",
-            INIT_FROM=artifact("tied"),
-            ITERATIONS=steps,
-            TRAIN_ONLY="head",
-        )
-        out, _ = run_here(cwd, SMALL, data, refit)
-    before, after = (weights(cwd, f"{name}-{steps}-steps") for steps in (0, 3))
-    own = {tensor: weight for tensor, weight in before.items() if tensor.startswith("head.")}
-    assert {
-        tensor for tensor in before if not torch.equal(before[tensor], after[tensor])
-    } == own.keys()
-    for tensor, weight in weights(cwd, "tied").items():
-        assert (after[tensor] - weight).norm() <= 0.01 * weight.norm(), tensor
-    assert f"\ntrained_params:{sum(weight.numel() for weight in own.values())}\n" in out
+def test_train_only_head_moves_the_head_and_leaves_the_trunk(cwd, data):
+    for name in ("untied", "mos"):
+        refit = dict(INIT_FROM=artifact("tied"), TRAIN_ONLY="head")
+        for steps in (0, 3):
+            settings = head(name, RUN_ID=f"{name}-{steps}", ITERATIONS=steps, **refit)
+            out = run_here(cwd, PROBE, data, settings)
+        before, after = weights(cwd, f"{name}-0"), weights(cwd, f"{name}-3")
+        own = {key for key in before if key.startswith("head.")}
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert moved == own
+        for key, weight in weights(cwd, "tied").items():
+            assert (after[key] - weight).norm() <= 0.01 * weight.norm(), key
+        assert f"\ntrained_params:{sum(before[key].numel() for key in own)}\n" in out
 
 
-@pytest.mark.parametrize(
-    "settings, named",
-    [
+def test_a_wrong_start_is_one_line_and_writes_nothing(cwd, data):
+    start = dict(RUN_ID="wrong", INIT_FROM=artifact("tied"))
+    for wrong, named in (
         (dict(INIT_FROM="no/such/file.ptz"), "INIT_FROM=no/such/file.ptz: "),
         (dict(INIT_FROM="runs"), "INIT_FROM=runs: "),
         (dict(INIT_FROM="cut.ptz"), "INIT_FROM=cut.ptz: "),
@@ -126,69 +94,89 @@ def test_train_only_head_moves_the_head_and_leaves_the_trunk(name, cwd, data):  
         (dict(NUM_LAYERS=5), "NUM_LAYERS=5: the artifact has NUM_LAYERS=4"),
         (dict(SMEAR_GATE=0), "SMEAR_GATE=0: the artifact has SMEAR_GATE=1"),
         (dict(TRAIN_ONLY="head"), "TRAIN_ONLY=head: "),
-        (head("mos", TRAIN_ONLY="head", HEAD_TRAINABLE=0), "TRAIN_ONLY=head: "),
-        (head("wide", HEAD_RANK=0), "HEAD_RANK=0: "),
-        (head("wide", HEAD_K=3), "HEAD_K=3: "),
-    ],
-    ids=str,
-)
-def test_wrong_start_is_one_line_and_writes_nothing(settings, named, cwd, data):  # noqa: F811
-    out, err = run_here(
-        cwd, SMALL, data, dict(RUN_ID="wrong", INIT_FROM=artifact("tied")), settings, code=2
-    )
-    assert err.startswith(f"error: {named}") and err.count("\n") == 1 and not out
-    assert not (cwd / "runs/wrong").exists()
+        (head("mos", RUN_ID="wrong", TRAIN_ONLY="head", HEAD_TRAINABLE=0), "TRAIN_ONLY=head: "),
+        (head("wide", RUN_ID="wrong", HEAD_RANK=0), "HEAD_RANK=0: "),
+        (head("wide", RUN_ID="wrong", HEAD_K=3), "HEAD_K=3: "),
+        (head("untied", RUN_ID="wrong", HEAD_START_FRAC=0.5), "HEAD_START_FRAC=0.5: "),
+    ):
+        err = run_here(cwd, PROBE, data, start, wrong, code=2)
+        assert err.startswith(f"error: {named}") and err.count("\n") == 1, err
+        assert not (cwd / "runs/wrong").exists()
 
 
-@pytest.mark.parametrize("share, alike", [(0, 1), (0.5, 4), (1.0, 6)])
-def test_untied_run_follows_the_tied_run_until_its_share_of_training_is_over(
-    share, alike, cwd, data  # noqa: F811
-):  # noqa: F811
-    name = f"untied-after-{share}"
-    run(cwd, SMALL, data, head("untied", RUN_ID=name, HEAD_UNTIE_FRAC=share))
-    pairs = zip(losses(cwd / "runs/tied"), losses(cwd / "runs" / name), strict=True)
-    assert [abs(a - b) < 1e-6 for a, b in pairs] == [step < alike for step in range(6)]
-    found = weights(cwd, name)
-    D, E = found["head.D_VD"], found["tok_emb.weight"]
-    apart = (
-        ((D - E).abs().amax(1) / D.abs().amax(1)).max().item()
-    )  # E may be rounded to int8: half a step of 1 / 127
-    assert apart < 0.005 if share == 1.0 else apart > 0.1
+def test_a_late_head_follows_the_tied_run_until_its_share_of_training_is_over(cwd, data):
+    # without clipping, which looks at the head's gradient too
+    free = dict(PROBE, GRAD_CLIP_NORM=0, ITERATIONS=6)
+    run_here(cwd, free, data, head("tied", RUN_ID="unclipped"))
+    tied, _ = losses(cwd / "runs/unclipped")
+    for name, share, alike in (
+        ("delta", 0.5, 4),  # steps 1 to 3 leave the head as it is, so that losses 1 to 4 agree
+        ("mos", 0.51, 5),
+        ("wide", 1, 6),
+    ):
+        run_id = f"late-{name}-{share}"
+        run_here(cwd, free, data, head(name, RUN_ID=run_id, HEAD_START_FRAC=share))
+        late, _ = losses(cwd / "runs" / run_id)
+        apart = [step for step in tied if abs(late[step] - tied[step]) > 2e-6]
+        assert apart == [*range(alike + 1, 7)], run_id
 
 
-def test_eval_prints_the_spectrum_and_appends_it_to_the_runs_metrics_the_same_on_two_ranks(
-    cwd, data  # noqa: F811
-):  # noqa: F811
-    path, records = cwd / "runs/mos/metrics.jsonl", []
+def test_heads_as_they_start_are_not_trained_where_head_trainable_is_0(cwd, data):
+    for steps in (0, 3):
+        frozen = dict(RUN_ID=f"frozen-{steps}", HEAD_TRAINABLE=0, ITERATIONS=steps)
+        run_here(cwd, PROBE, data, head("factorized", **frozen))
+    before, after = weights(cwd, "frozen-0"), weights(cwd, "frozen-3")
+    still = {key for key in before if torch.equal(before[key], after[key])}
+    assert {key for key in before if key.startswith("head.")} <= still
+    assert "tok_emb.weight" not in still
+
+
+def spectrum_of(cwd, data, ranks=0):
+    """What MODE=eval prints of the rank, and the record that it appends to the run's metrics."""
+    path = cwd / "runs/mos/metrics.jsonl"
     before = path.read_text()
-    for ranks in (0, 2):
-        out, _ = run(
-            cwd,
-            dict(MODE="eval", ARTIFACT=artifact("mos"), EVAL_SPECTRUM=1, COMPUTE_DTYPE="fp32"),
-            data,
-            ranks=ranks,
-        )
-        earlier, before = before, path.read_text()
-        assert before.startswith(earlier)
-        record = json.loads(before[len(earlier) :])
-        assert (
-            record["kind"] == "spectrum"
-            and record["contexts"] == 3000
-            and 0 < record["energy_beyond_model_dim"] < 1
-        )
-        (line,) = re.findall("^spectrum (.*)$", out, re.M)
-        assert line.split() == [
-            f"{name}:{record[name]:.6g}"
-            for name in ("contexts", "rank_9999", "energy_beyond_model_dim")
-        ]
-        assert re.search("^final_int8_zlib_roundtrip_exact val_loss:", out, re.M)
-        records.append({name: value for name, value in record.items() if type(value) is not str})
-    assert records[1] == pytest.approx(records[0], rel=1e-6)
+    measure = dict(MODE="eval", ARTIFACT=artifact("mos"), EVAL_SPECTRUM=1)
+    if ranks:
+        out = run(cwd, measure, data, ranks=ranks)
+    else:
+        out = run_here(cwd, measure, data)
+    after = path.read_text()
+    assert after.startswith(before)
+    (line,) = re.findall("^spectrum (.*)$", out, re.M)
+    record = json.loads(after[len(before) :])
+    names = ("contexts", "rank_9999", "energy_beyond_model_dim")
+    assert line.split() == [f"{name}:{record[name]:.6g}" for name in names]
+    assert record["kind"] == "spectrum" and "\nfinal_int8_zlib_roundtrip_exact " in f"\n{out}"
+    return [record[name] for name in names]
 
 
-@pytest.mark.parametrize(
-    "more", [dict(HEAD_VARIANT="pr908"), dict(HEAD_TRAINABLE=0), dict(TRAIN_ONLY="head")], ids=str
-)
-def test_bench_times_a_special_head_against_the_plain_tied_one(more, tmp_path):
-    out, _ = run_here(tmp_path, SMALL, head("mos", MODE="bench", **more))
-    assert re.findall("^bench head:([a-z]+) ", out, re.M) == ["tied", "mos"]
+def test_eval_prints_the_spectrum_and_appends_it_to_the_runs_metrics(cwd, data):
+    contexts, rank, beyond = spectrum_of(cwd, data)
+
+    # by hand: the singular values of all centred log-probabilities
+    opened = train_gpt.open_artifact("mos", (cwd / artifact("mos")).read_bytes())
+    model = train_gpt.GPT(train_gpt.Hyperparameters(**opened.stored))
+    model.load_state_dict(train_gpt.artifact_weights(opened))
+    x = torch.from_numpy(train_gpt.Shards(data["DATA_PATH"], "val", 1024).take(0, 31 * 64))
+    with torch.no_grad():
+        h_ND = model.hidden(x.view(31, 64)).flatten(0, 1).double()
+        z_NV = model.head.double().log_probs(h_ND, x, model.tok_emb.weight.double())
+    energy = torch.linalg.svdvals(z_NV - z_NV.mean(1, keepdim=True)) ** 2
+    assert contexts == 31 * 64
+    assert rank == 1 + (energy.cumsum(0) < 0.9999 * energy.sum()).sum()
+    assert beyond == pytest.approx((energy[32:].sum() / energy.sum()).item(), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_spectrum_is_the_same_on_two_ranks(cwd, data):
+    assert spectrum_of(cwd, data, ranks=2) == pytest.approx(spectrum_of(cwd, data), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_bench_times_a_special_head_against_the_plain_tied_one(tmp_path):
+    for more in (dict(HEAD_VARIANT="pr908"), dict(HEAD_TRAINABLE=0), dict(TRAIN_ONLY="head")):
+        settings = head("mos", MODE="bench", RUN_ID="", **more)
+        rows = re.findall(
+            r"^bench head:(\w+) .* FLOP/token:(\S+)M", run_here(tmp_path, SMALL_RUN, settings), re.M
+        )
+        assert [row[0] for row in rows] == ["tied", "mos"] and rows[0][1] == "0.5"

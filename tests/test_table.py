@@ -223,17 +223,24 @@ def test_where_no_run_can_be_read_it_says_why(tmp_path, table):
     assert "runs/b: not finished" in message
 
 
+FORGED = "x|y\n| tied | 9 |\x1b[31m\u202e"
+
+
 def test_a_stranger_s_strings_cannot_forge_cells_lines_or_colours(tmp_path, table):
-    forged = "x|y\n| tied | 9 |\x1b[31m\u202e"
-    put_run(tmp_path, "a", hardware=forged)
-    chosen = ["ROPE_DIMS", "STRANGE" + forged.upper()]
-    changes = {"rope_dims": forged, "strange" + forged.lower(): 1}
-    put_run(tmp_path, "b", head=forged, chosen=chosen, **changes)
+    put_run(tmp_path, "a", hardware=FORGED)
+    put_run(tmp_path, "b", head=FORGED, chosen=["INIT_TYPE"], init_type=FORGED)
     (tmp_path / "runs" / "c\n| d").mkdir()
     rows, text = table()
-    assert len(rows) == 2 and "cannot be read" not in text
-    assert rows[1][0].startswith("x?y?? tied ? 9 ?") and "ROPE_DIMS=x?y?" in rows[1][1]
-    assert all(c.isprintable() or c == "\n" for c in text)
+    assert rows[1][0].startswith("x?y?? tied ? 9 ?") and "INIT_TYPE=x?y?" in rows[1][1]
+    assert "hardware: 1 x CPU, x?y?" in text and "runs/c?? d: not finished" in text
+    assert len(rows) == 2 and all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_the_names_of_a_stranger_s_settings_cannot_forge_them_either(tmp_path, table):
+    put_run(tmp_path, "a")
+    put_run(tmp_path, "b", "mos", chosen=[FORGED.upper()], **{FORGED.lower(): 1})
+    rows, text = table()
+    assert len(rows) == 2 and all(c.isprintable() or c == "\n" for c in text)
 
 
 # ---- the picture ----
@@ -269,6 +276,8 @@ def test_the_picture_shows_losses_and_gains_over_tied_with_their_intervals(tmp_p
     assert [line.get_color() for line in lines] == ["C0", "C0", "C1", "C1", "C2"]
     assert all(list(line.get_ydata()) == [7 / i for i in range(1, 9)] for line in lines)
     assert [(dot.get_xdata()[0], dot.get_ydata()[0]) for dot in dots] == [(9, 0.9)] * 5
+    assert [dot.get_color() for dot in dots] == [line.get_color() for line in lines]
+    assert {dot.get_marker() for dot in dots} == {"o"}
 
     # the means' differences, and their 95% intervals by scipy
     want = stats.ttest_ind([1.49, 1.48], [1.50, 1.52], equal_var=False).confidence_interval(0.95)
