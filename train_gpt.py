@@ -2102,7 +2102,7 @@ def rounded_weights(model, roles, step):
 
 
 def encode_integers(codes):
-    """A matrix's codes; n follows from their spread."""
+    """The parts of a matrix's codes; n follows from their spread."""
     n = max(0, int(1.25 * codes.abs().mean()).bit_length() - 4)
     integers = codes.flatten().int().numpy()
     upper = (integers >> n) + 128
@@ -2110,8 +2110,7 @@ def encode_integers(codes):
     parts = [bytes([n]), np.where(far, 0, upper).astype(np.uint8).tobytes()]
     for bit in range(n):
         parts.append(np.packbits(integers >> bit & 1).tobytes())
-    parts.append(upper[far].astype("<i2").tobytes())
-    return b"".join(parts)
+    return [*parts, upper[far].astype("<i2").tobytes()]
 
 
 def decode_integers(raw, count):
@@ -2131,7 +2130,7 @@ def decode_integers(raw, count):
 
 def encode_floats(parts):
     floats = torch.cat([part.flatten() for part in parts])
-    return floats.view(torch.uint8).view(-1, 4).T.contiguous().numpy().tobytes()
+    return [plane.numpy().tobytes() for plane in floats.view(torch.uint8).view(-1, 4).T]
 
 
 def decode_floats(raw, count):
@@ -2141,12 +2140,21 @@ def decode_floats(raw, count):
     return floats
 
 
-def compress(raw, codec):
-    """Rounded weights hold no repeats: a search for them costs bytes over Huffman's code alone."""
+def compress(parts, codec):
+    """One stream, each part with statistics of its own.
+
+    Rounded weights hold no repeats: a search for them costs bytes over Huffman's code alone.
+    """
     if codec == "zstd":
-        return zstandard.ZstdCompressor(level=1).compress(raw)
-    deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-    return deflate.compress(raw) + deflate.flush()
+        size, block = sum(map(len, parts)), zstandard.COMPRESSOBJ_FLUSH_BLOCK
+        stream = zstandard.ZstdCompressor(level=1).compressobj(size=size)
+    else:
+        stream = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+        block = zlib.Z_FULL_FLUSH
+    packed = []
+    for part in filter(None, parts):
+        packed += [stream.compress(part), stream.flush(block)]
+    return b"".join([*packed, stream.flush()])
 
 
 def inflate(packed, codec, most):
@@ -2166,9 +2174,13 @@ def encode_payload(state, roles, step, codec):
     grids = {}
     for names, codes, scales in quantized(state, roles, step):
         grids.update(zip(names, zip(codes, scales)))
-    parts = [encode_integers(grids[name][0]) for name in state if name in grids]
-    floats = [grids[name][1] if name in grids else weight for name, weight in state.items()]
-    return compress(b"".join([*parts, encode_floats(floats)]), codec)
+    parts, floats = [], []
+    for name, weight in state.items():
+        if name in grids:
+            codes, weight = grids[name]
+            parts += encode_integers(codes)
+        floats.append(weight)
+    return compress(parts + encode_floats(floats), codec)
 
 
 def decode_payload(s, payload):
@@ -2289,13 +2301,14 @@ def fit(size, limit):
 
 
 def fit_sample(state, roles, codec, limit):
-    """`fit` of every n-th row of each matrix: half a million weights tell the step well enough."""
-    every = max(1, count_values(state.values()) // 2**19)
+    """`fit` of every n-th column: half a million weights tell the step well enough."""
+    count = count_values(state.values())
+    every = max(1, count // 2**19)
     sample = {}
     for name, weight in state.items():
-        rows = weight.flatten(0, -2) if ROLES[roles[name]].finer else weight.flatten()
-        sample[name] = rows[::every].float().cpu()
-    return fit(lambda step: every * len(encode_payload(sample, roles, step, codec)), limit)
+        sample[name] = torch.atleast_1d(weight)[..., ::every].float().cpu()
+    share = count_values(sample.values()) / count
+    return fit(lambda step: len(encode_payload(sample, roles, step, codec)) / share, limit)
 
 
 def pack(state, roles, s, limit):
@@ -2314,9 +2327,9 @@ def read_artifact(variable, name, world):
     return open_artifact(origin, world.agree(blob))
 
 
-def adopt(model, artifact, s):
+def adopt(model, artifact, weights, s):
     """Start a model from an artifact's trunk, and from its head if that is the same; says which."""
-    weights, own = artifact_weights(artifact), model.state_dict()
+    own = model.state_dict()
     shapes = [{name: w.shape for name, w in state.items()} for state in (weights, own)]
     kind = (artifact.stored["head_type"], artifact.stored["head_variant"])
     if shapes[0] == shapes[1] and kind == (s.head_type, s.head_variant):
@@ -2886,8 +2899,11 @@ def run_train(s, world, artifact):
         data_sha256=shards.fingerprint(validation[0]),
         pytorch_version=str(torch.__version__),
         attention=attention,
-        init_sha256=hashlib.sha256(artifact.payload).hexdigest() if artifact else "",
+        init_sha256="",
     )
+    if artifact:
+        weights = artifact_weights(artifact)  # before a model of its sizes is made
+        facts["init_sha256"] = hashlib.sha256(artifact.payload).hexdigest()
 
     # what an earlier run of this name has left
     log, earlier = RunLog(None), (None, None)
@@ -2908,7 +2924,7 @@ def run_train(s, world, artifact):
         if checkpoint is None:
             log.opening(s, world, describe_data(s, shards, validation), facts)
             if artifact:
-                log.write(f"init_from: {adopt(model, artifact, s)} of {s.init_from}")
+                log.write(f"init_from: {adopt(model, artifact, weights, s)} of {s.init_from}")
         trainer = Trainer(model, s, world, facts)
         trainer.begin(checkpoint, shards, log)
         train(trainer, shards, validation, log)

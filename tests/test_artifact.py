@@ -584,9 +584,9 @@ def test_the_file_is_as_its_picture_says(codec):
             assert torch.equal(weight, weights[name]), (name, step)
 
 
-@each_codec
-def test_what_is_read_are_the_weights_of_the_grid_and_the_settings(codec):
-    for head, step in itertools.product(ALL_HEADS, (FINEST, 0.13, 2 * PLAIN_ABOVE)):
+def test_what_is_read_are_the_weights_of_the_grid_and_the_settings():
+    cases = itertools.product(ALL_HEADS, (FINEST, 0.13, 2 * PLAIN_ABOVE))
+    for (head, step), codec in zip(cases, itertools.cycle(CODECS)):
         s = small(compress_algo=codec, **head_settings(head))
         state, roles = weights_of(random_model(**head_settings(head)))
         artifact = open_artifact("ARTIFACT=x", encode(state, roles, s, step))
@@ -616,7 +616,7 @@ def test_integers_survive_however_they_are_spread(count, bits, outlier, seed):
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(1 - 2**bits, 2**bits, (count,), generator=draw).float()
     codes[seed % count] = (-1) ** seed * 2**outlier - seed // 50  # about where bytes end
-    raw = encode_integers(codes)
+    raw = b"".join(encode_integers(codes))
     stream = io.BytesIO(raw + b"next")
     assert torch.equal(decode_integers(stream, count), codes) and stream.read() == b"next"
     for bad in (b"", raw[:-1], bytes([13]) + raw[1:] + bytes(99)):
@@ -630,13 +630,14 @@ def test_floats_survive_bit_for_bit_and_others_are_refused():
     values = torch.from_numpy(patterns).view(torch.float32)
     values = values[values.isfinite()]
     rare = torch.tensor([[0.0, -0.0], [1e-45, -1e-45], [3.4e38, 0.1]])
-    raw = encode_floats([values, rare, torch.tensor(0.3)])
+    raw = b"".join(encode_floats([values, rare, torch.tensor(0.3)]))
     found = decode_floats(io.BytesIO(raw), len(values) + 7)
     expected = torch.cat((values, rare.flatten(), torch.tensor([0.3])))
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError):
-            decode_floats(io.BytesIO(encode_floats([values, torch.tensor(bad)])), len(values) + 1)
+            raw = b"".join(encode_floats([values, torch.tensor(bad)]))
+            decode_floats(io.BytesIO(raw), len(values) + 1)
 
 
 def test_scalars_are_exact_whatever_their_shape_and_size():
@@ -672,10 +673,8 @@ def test_the_least_model_and_one_of_zeros_come_back(codec):
                 p.data.zero_()
 
 
-@each_codec
-def test_a_large_table_that_training_hardly_touched_comes_back(codec):
-    """Zstandard stores zeros in next to no bytes."""
-    changes = dict(bigram_vocab_size=2**16, bigram_dim=64, compress_algo=codec)
+def test_a_large_table_that_training_hardly_touched_comes_back():
+    changes = dict(bigram_vocab_size=2**16, bigram_dim=64)
     model = random_model(**changes)
     model.bigram.table.weight.data[100:] = 0
     found = opened(artifact_of(model, **changes))["bigram.table.weight"]
