@@ -219,8 +219,9 @@ class Hyperparameters:
         source, text = self.given.get(name, (name, as_text(getattr(self, name.lower()))))
         return UserError(f"{source}={text}: must {remedy}")
 
-    def as_dict(self):
-        return {name: getattr(self, name) for name in SCOPES}
+    def as_dict(self, scopes=("model", "eval", "run", "free")):
+        """The settings of these scopes by name."""
+        return {name: getattr(self, name) for name in SCOPES if SCOPES[name] in scopes}
 
 
 def pairs(text):
@@ -356,10 +357,12 @@ def translate(environ):
         silent = STUDY_B
         if head in ("mos", "mixture_softmax"):
             raise UserError(f"USE_MOS=0: contradicts HEAD_TYPE={head}; set only one")
-    said += [(name, "HEAD_TYPE", "mos") for name in STUDY_B]
+    for name in STUDY_B:
+        said.append((name, "HEAD_TYPE", "mos"))
 
     # one name for another, and our own names
-    said += [(alias, name, environ.get(alias)) for alias, name in ALIASES.items()]
+    for alias, name in ALIASES.items():
+        said.append((alias, name, environ.get(alias)))
     if convert("SKIP_COMPILE", environ.get("SKIP_COMPILE", "0"), bool):
         said.append(("SKIP_COMPILE", "COMPILE", "0"))
     if convert("USE_FA3", environ.get("USE_FA3", "0"), bool):
@@ -419,7 +422,7 @@ def from_env(environ, stored=MappingProxyType({})):
 def layer_list(s, name, remedy):
     """The layers that a setting names, ascending; UserError where it names none of the model's."""
     try:
-        layers = sorted({int(text) for text in getattr(s, name.lower()).split(",")})
+        layers = sorted(set(map(int, getattr(s, name.lower()).split(","))))
     except ValueError:
         layers = [-1]
     if layers[0] < 0 or layers[-1] >= s.num_layers:
@@ -749,7 +752,7 @@ class Shards:
                 f"{self.variable}: "
                 f"holds no fineweb_{split}_*.bin shard; see README, or use DATA_PATH=demo"
             )
-        self.counts = [count_tokens(path) for path in self.paths]
+        self.counts = list(map(count_tokens, self.paths))
         self.starts = np.cumsum([0, *self.counts])
         self.shuffled_pass, self.permutation = -1, None
 
@@ -2005,7 +2008,7 @@ def spectrum(model, tokens_N, s):
 # with the codes of seven others; with a negative scale (a coarse grid), its size times the code.
 
 MAGIC, VERSION = b"GPTHEAD", b"5"
-STORED = [name for name, scope in SCOPES.items() if scope in ("model", "eval")]
+STORED = ("model", "eval")  # the scopes of the settings in the header
 FINEST, COARSEST = 2.0**-7, 2.0**3  # steps over a matrix's RMS; the finest is finer than int8
 PLAIN_ABOVE = 1.25  # a step from which on plain rounding is the better one
 LARGEST = 32000  # of a matrix over its scale: codes have 16 bits
@@ -2212,8 +2215,7 @@ def decode_payload(s, payload):
 
 def encode(state, roles, s, step):
     """The artifact's bytes, a pure function of the arguments."""
-    settings = {name: getattr(s, name) for name in STORED}
-    header = json.dumps(dict(settings=settings), separators=(",", ":")).encode()
+    header = json.dumps(dict(settings=s.as_dict(STORED)), separators=(",", ":")).encode()
     payload = encode_payload(state, roles, step, s.compress_algo)
     body = b"".join([len(header).to_bytes(4, "little"), header, payload])
     return MAGIC + VERSION + hashlib.sha256(body).digest() + body
@@ -2239,10 +2241,8 @@ def open_artifact(origin, blob):
         end = 4 + int.from_bytes(body[:4], "little")
         expect(end <= min(len(body), 100_000), "its header claims more bytes than it can have")
         settings = json.loads(bytes(body[4:end]))["settings"]
-        expect(settings.keys() <= set(STORED), "it has settings unknown here")
-
-        # a setting that is newer than the file has its default
-        stored = {name: FIELDS[name.upper()].default for name in STORED}
+        stored = Hyperparameters().as_dict(STORED)  # for settings that are newer than the file
+        expect(settings.keys() <= stored.keys(), "it has settings unknown here")
         for name, value in settings.items():
             stored[name] = parse(name.upper(), as_text(value), name)
     return Artifact(origin, stored, body[end:])

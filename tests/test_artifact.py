@@ -37,7 +37,6 @@ from train_gpt import (
     MAGIC,
     PLAIN_ABOVE,
     ROLES,
-    STORED,
     VARIANTS,
     VERSION,
     Hyperparameters,
@@ -61,6 +60,8 @@ from train_gpt import (
     rounded_weights,
     to_codes,
 )
+
+STORED = tuple(train_gpt.Hyperparameters().as_dict(train_gpt.STORED))  # names in the header
 
 CODECS = ("zlib", "zstd")
 ON_GRID = ("matrix", "table", "tied", "head_vocab")  # a role of each fineness

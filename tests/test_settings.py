@@ -223,7 +223,7 @@ def test_a_stride_that_nobody_set_follows_the_sequence():
 def stored(**changes):
     """The settings that the artifact of a run with the defaults, and with these changes, holds."""
     s = dataclasses.replace(Hyperparameters(), **changes)
-    return {name: getattr(s, name) for name in train_gpt.STORED}
+    return s.as_dict(train_gpt.STORED)
 
 
 def test_mode_eval_takes_what_the_artifact_stores_and_lets_the_user_choose_how_to_score():

@@ -285,7 +285,9 @@ def test_the_picture_shows_losses_and_gains_over_tied_with_their_intervals(tmp_p
     assert (mos[0].get_xdata()[0], wide[0].get_xdata()[0]) == pytest.approx((-0.025, 0.09))
     (segment,) = mos[2][0].get_segments()
     assert segment[:, 0] == pytest.approx([want.low, want.high], rel=1e-3)
-    assert [label.get_text() for label in gains.get_yticklabels()] == ["mos", "wide"]
+    names = [label.get_text() for label in gains.get_yticklabels()]
+    places = [container[0].get_ydata()[0] for container in (mos, wide)]
+    assert names == ["mos", "wide"] and places == list(gains.get_yticks())
 
 
 def test_a_run_without_training_lines_does_not_hinder_the_picture(tmp_path, table, figure):
