@@ -2010,7 +2010,8 @@ def spectrum(model, tokens_N, s):
 MAGIC, VERSION = b"GPTHEAD", b"5"
 STORED = ("model", "eval")  # the scopes of the settings in the header
 FINEST, COARSEST = 2.0**-7, 2.0**3  # steps over a matrix's RMS; the finest is finer than int8
-PLAIN_ABOVE = 1.25  # a step from which on plain rounding is the better one
+# a step where plain rounding gets better: 0.95 for Laplace weights, 1.44 for Gaussian ones
+PLAIN_ABOVE = 1.25
 LARGEST = 32000  # of a matrix over its scale: codes have 16 bits
 TINY = torch.finfo(torch.float32).tiny  # the scale of a matrix of zeros
 NO_ARTIFACT = "is no artifact of this program, or a damaged one"

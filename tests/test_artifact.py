@@ -875,13 +875,13 @@ def test_a_container_that_is_not_whole_is_refused():
 
 def test_settings_that_no_run_could_have_are_refused():
     wrong = dict(
-        num_layers=[2.0, 0, -1, 3, 10**9, None, [2], {}, "x", math.nan],
+        num_layers=[2.0, 0, -1, 3, 1001, None, [2], {}, "x", math.nan],
         model_dim=[33, 64, 0],
         vocab_size=[49, 2**40],
         num_heads=[0, 3],
         mlp_mult=[4],
         qk_gain_init=["x", None, math.nan, math.inf, -1.0],
-        head_type=["none", 3, ["tied"], "untied", "mos", "t" * 50_000],
+        head_type=["none", 3, ["tied"], "untied", "mos", "t" * 50_000, "tied\n\x1b[2J\u202e"],
         head_variant=["pr908", "x"],
         smear_gate=[2, "yes", False],
         init_type=["x", ""],

@@ -304,8 +304,9 @@ def test_a_demo_split_is_a_row_of_documents_each_behind_a_bos_and_in_one_split_o
     assert not train & (val | test) and not val & test
 
 
-def test_the_demo_corpus_is_built_once(demo, monkeypatch):
+def test_the_demo_corpus_is_built_once_and_may_be_another_user_s(demo, monkeypatch):
     monkeypatch.setattr(train_gpt, "demo_documents", lambda: pytest.fail("built again"))
+    monkeypatch.setattr(train_gpt.filelock, "FileLock", lambda path: pytest.fail("a lock"))
     before = {path: path.stat().st_mtime_ns for path in demo.glob("[!.]*")}
     train_gpt.build_demo(demo, 1024)
     assert {path: path.stat().st_mtime_ns for path in demo.glob("[!.]*")} == before
@@ -387,7 +388,8 @@ def test_the_demo_is_cached_by_vocabulary_and_built_by_one_rank_of_a_node(monkey
 def test_bad_data_is_refused_before_anything_is_trained_or_written(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path, [1, *range(5, 400)])
-    text, small = [1, *range(5, 300)], dict(TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="128")
+    text = [1, *range(5, 300)]
+    small = dict(TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="128", ITERATIONS="1")
     cases = [
         ([*text, 1024], {}, r"fineweb_val_000000\.bin: .*1024.*VOCAB_SIZE="),
         (text[:64], {}, "^TRAIN_SEQ_LEN=64: the val split has only 64 tokens"),
