@@ -2739,7 +2739,8 @@ def train(trainer, shards, validation, log):
             trainer.report(losses.pop(), scale, log)
 
     if step < s.iterations:
-        first = " (the first step alone took longer than the cap)" if step == 1 else ""
+        alone = step == 1 and clock.seconds() > s.max_wallclock_seconds
+        first = " (the first step alone took longer than the cap)" if alone else ""
         spent = f"train_time:{1000 * clock.seconds():.0f}ms step:{step}/{s.iterations}"
         log.write(f"stopping_early: wallclock_cap {spent}{first}")
     log.write(f"trained for {clock.stop():.2f} s")
@@ -3101,7 +3102,8 @@ def table_rows(runs):
     # against the tied row whose settings are the most alike
     tied = [row for row in rows if row["head"] == "tied"]
     for row in rows[len(tied) :] if tied else []:
-        other = max(tied, key=lambda other: len(other["key"].items() & row["key"].items()))
+        alike = [sum(one["key"].get(n) == v for n, v in row["key"].items()) for one in tied]
+        other = tied[int(np.argmax(alike))]
         a, b = row["bpb"], other["bpb"]
         row["gain"], row["test"] = np.mean(a) - np.mean(b), None
         if min(len(a), len(b)) > 1 and len({*a}) + len({*b}) > 2:
@@ -3221,7 +3223,10 @@ def run(environ, world):
     if s.mode == "eval" and artifact is None:
         raise s.wrong("ARTIFACT", "name an artifact to read")
     modes = dict(train=run_train, eval=run_eval, table=run_table, bench=bench)
-    return modes[s.mode](s, world, artifact)
+    code = modes[s.mode](s, world, artifact)
+    if s.mode != "train":  # what the others say is nowhere else
+        sys.stdout.flush()
+    return code
 
 
 def report(error, world):
