@@ -1,5 +1,6 @@
 """Faults while a run goes on: data that vanish, disks that fill, damaged files, ranks that die."""
 
+import builtins
 import contextlib
 import errno
 import io
@@ -166,9 +167,8 @@ def test_without_permission_is_not_damaged(finished, data, shards, tmp_path, mon
         ("runs/part/.lock", dict(TWENTY, RUN_ID="part"), "RUN_ID=part: "),
     ):
         with monkeypatch.context() as patch:
-            for module, name in ((io, "open"), ("builtins", "open"), (os, "listdir"), (os, "open")):
-                owner = sys.modules[module] if isinstance(module, str) else module
-                patch.setattr(owner, name, refusing(getattr(owner, name), tmp_path / path))
+            for module, name in ((builtins, "open"), (io, "open"), (os, "open"), (os, "listdir")):
+                patch.setattr(module, name, refusing(getattr(module, name), tmp_path / path))
             error = one_line(run_here(tmp_path, SMALL_RUN, data, settings, code=2))
         assert error.startswith(named) and os.strerror(errno.EACCES) in error, error
         assert "damaged" not in error and "delete" not in error
@@ -273,7 +273,7 @@ def test_a_checkpoint_with_wrong_content_is_refused_and_kept(whole, data, tmp_pa
 
     wrong = {f"without {k}": {n: v for n, v in content.items() if n != k} for k in content}
     wrong |= {
-        "other shape": with_tensor(tensors[longest].T.contiguous()),
+        "other shape": with_tensor(tensors[longest].flatten()),
         "other dtype": with_tensor(tensors[longest].double()),
         "no tensor": with_tensor(None),
         "no tensors": dict(content, tensors=[]),
@@ -286,17 +286,12 @@ def test_a_checkpoint_with_wrong_content_is_refused_and_kept(whole, data, tmp_pa
         "a list": [*content],
         "nothing": None,
     }
-    faults = []
     for name, other in wrong.items():
         torch.save(other, path)
         bad = path.read_bytes()
-        try:
-            error = one_line(run_here(tmp_path, *settings, code=2))
-            assert error.startswith("runs/part/checkpoint.pt: is damaged, delete it"), error
-            assert path.read_bytes() == bad, "it is changed"
-        except Exception as fault:  # all faults at once, not the first alone
-            faults.append(f"{name}: {type(fault).__name__}: {str(fault)[-300:]}")
-    assert not faults, "\n".join(faults)
+        error = one_line(run_here(tmp_path, *settings, code=2))
+        assert error.startswith("runs/part/checkpoint.pt: is damaged, delete it"), name
+        assert path.read_bytes() == bad, name
 
     # bits that have changed on the disk; a file that is none
     for damaged in (good[:-100], good.replace(b"data", b"date"), b"\0 not what it should be"):
