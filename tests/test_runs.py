@@ -552,8 +552,16 @@ def test_a_run_killed_and_then_stopped_resumes_bit_equal(whole, data, tmp_path):
     assert_same_run(folder, whole)
 
 
+@pytest.fixture
+def hangup():
+    """SIGHUP as a terminal sends it; the children of nohup, where the tests run, ignore it."""
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, ignored)
+
+
 @pytest.mark.slow
-def test_a_signal_stops_the_run_which_resumes_bit_equal(whole, data, tmp_path):
+def test_a_signal_stops_the_run_which_resumes_bit_equal(whole, data, tmp_path, hangup):
     for name in ("SIGINT", "SIGHUP", "SIGTERM"):
         folder, number = tmp_path / "runs" / name, getattr(signal, name)
         process = start(tmp_path, LONG, data, dict(RUN_ID=name))
