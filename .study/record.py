@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, ".")
+sys.path.insert(0, ".")  # the source that made the run
 import train_gpt  # noqa: E402
 
 row, folder = sys.argv[1], Path(sys.argv[2])
