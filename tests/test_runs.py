@@ -610,16 +610,3 @@ def test_a_sweep_started_twice_in_parallel_repeats_and_loses_nothing(data, tmp_p
         assert process.returncode == 0 or process.returncode == 2 and "in progress" in err, err
     for name in "ab":
         assert len(losses(tmp_path / "runs" / name)[0]) == 20
-
-
-# ---- CUDA ----
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-def test_on_cuda_every_head_trains_and_round_trips(data, tmp_path):
-    cuda = dict(COMPUTE_DTYPE="auto", MODEL_DIM=128, ROPE_DIMS=16, ITERATIONS=30, COMPILE=0)
-    for head in train_gpt.HEADS:
-        run(tmp_path, SMALL_RUN, data, cuda, dict(HEAD_TYPE=head, RUN_ID=head))
-        by_step, _ = losses(tmp_path / "runs" / head)
-        assert math.isfinite(by_step[30]) and by_step[30] < by_step[1] - 0.5
