@@ -22,12 +22,19 @@ HEADS = ("untied", "mos2", "mos4", "delta64", "late")
 T_95 = 2.26  # Student's t for 9 degrees of freedom: three samples of four seeds
 
 
+def read_results(first):
+    """The results whose row begins with `first`, each with the other parts of its row's name."""
+    for line in (HERE / "results.jsonl").read_text().splitlines():
+        result = json.loads(line)
+        start, *rest = result["row"].split("-")
+        if start.startswith(first):
+            yield start, rest, result
+
+
 def read_cells():
     """By (vocabulary, width, steps): by head, the bpb of its seeds; and the same for `tied+10%`."""
     bpb = defaultdict(dict)
-    for line in (HERE / "results.jsonl").read_text().splitlines():
-        result = json.loads(line)
-        vocab, dim, steps, head, seed = result["row"].split("-")
+    for vocab, (dim, steps, head, seed), result in read_results("v"):
         bpb[int(vocab[1:]), int(dim[1:]), int(steps[1:]), head][int(seed)] = result["val_bpb"]
 
     cells = defaultdict(dict)
@@ -85,6 +92,27 @@ def markdown(found, cells):
     return "\n".join(lines)
 
 
+def best_table():
+    """PRESET=best, its parts and heads on it, each against the run that it changes, as Markdown."""
+    bpb = defaultdict(list)
+    for _, (steps, name, _), result in read_results("best11"):
+        bpb[name, int(steps[1:])].append(result["val_bpb"])
+    lines = ["| run | steps | bpb | difference, 95% | p | seeds |", "|---|---|---|---|---|---|"]
+    for (name, steps), sample in bpb.items():
+        other = "best" if name.startswith("best_") else "study"
+        against = bpb.get((other, steps), [])
+        difference = "| "
+        if name != other and min(len(sample), len(against)) > 2:
+            _, p, half = welch(sample, against)
+            shift = np.mean(sample) - np.mean(against)
+            difference = f"{shift:+.4f} +- {half:.4f} to {other} | {p:.2g}"
+        spread = f" +- {np.std(sample, ddof=1):.4f}" if len(sample) > 1 else ""
+        lines.append(
+            f"| {name} | {steps} | {np.mean(sample):.4f}{spread} | {difference} | {len(sample)} |"
+        )
+    return "\n".join(lines)
+
+
 def draw(found, axis, label, name):
     """Gain with its 95% interval, a line a head; `axis` gives a cell's place, or None where it is not shown."""
     from matplotlib.figure import Figure
@@ -107,6 +135,7 @@ def main():
     cells = read_cells()
     found = rows(cells)
     print(markdown(found, cells))
+    print(best_table())
     draw(found, lambda c: c[0] / c[1] if c[2] == 1500 else None, "V / D", "law_of_scale.png")
     at_128 = "training tokens, millions (V = 1024, D = 128)"
     draw(found, lambda c: c[2] * 2048 / 1e6 if c[:2] == (1024, 128) else None, at_128, "tokens.png")
