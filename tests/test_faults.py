@@ -355,7 +355,7 @@ def test_a_run_is_not_resumed_under_another_source_or_data(data, shards, tmp_pat
     error = one_line(run_here(tmp_path, *settings, code=2))
     assert error.startswith("RUN_ID=part: was run on other data") and "data" in error
     error = one_line(run_here(tmp_path, *settings, dict(MATRIX_LR=0.1), code=2))
-    assert error.startswith("MATRIX_LR=0.1: RUN_ID=part is a run with MATRIX_LR=0.025; ")
+    assert error.startswith("MATRIX_LR=0.1: must be 0.025 in the run RUN_ID=part; ")
 
 
 # ---- the disk ----

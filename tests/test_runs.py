@@ -17,7 +17,6 @@ import torch
 from conftest import (
     SCRIPT,
     SMALL_RUN,
-    from_env,
     last_line,
     losses,
     run,
@@ -297,7 +296,10 @@ def test_finished_run_is_not_repeated_and_its_name_not_reused(finished, data):
     out = run_here(finished, SMALL_RUN, data, same, dict(TRAIN_LOG_EVERY=3, AUTHOR="me"))
     assert out.startswith("runs/done is finished: val_bpb:") and out.count("\n") == 1
     err = run_here(finished, SMALL_RUN, data, same, dict(SEED=7), code=2)
-    assert err.startswith("error: SEED=7: RUN_ID=done") and err.count("\n") == 1
+    assert (
+        err.startswith("error: SEED=7: must be 1337 in the run RUN_ID=done")
+        and err.count("\n") == 1
+    )
     assert (finished / "runs/done/train.log").read_bytes() == before
 
 
@@ -352,7 +354,6 @@ def test_fitted_artifact_uses_the_cap_to_half_a_percent(whole):
 
 
 def test_a_short_sequence_alone_runs_and_is_scored_plainly(data, tmp_path):
-    assert from_env(dict(TRAIN_SEQ_LEN="32")).eval_stride == 0
     small = {name: value for name, value in SMALL_RUN.items() if name != "EVAL_STRIDE"}
     short = dict(TRAIN_SEQ_LEN=32, ITERATIONS=1, RUN_ID="short")
     out = run_here(tmp_path, small, data, short)
