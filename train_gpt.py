@@ -109,7 +109,7 @@ class Hyperparameters:
     mode: str = free_setting("train", "what to do", "train, eval, table, bench")
     preset: str = setting("study", "defaults: study A's, study B's, the strongest published, a CPU's", "study, pilot, best, demo")
     run_id: str = free_setting("", "folder under runs/; empty: time, head and seed")
-    seed: int = setting(1337, "seed of the initial weights", "0 to 4294967295")
+    seed: int = setting(1337, "seed of the initial weights")
     author: str = free_setting("", "author named in submission.json")
     github_id: str = free_setting("", "GitHub account named in submission.json")
     allow_near_misses: bool = free_setting(False, "accept variables that look like misspelt settings")
@@ -515,17 +515,19 @@ class World:
             self.use_device()
         if self.size > 1:
             with blaming(f"WORLD_SIZE={self.size}: the ranks cannot meet", "use torchrun"):
-                self.meet()
+                store, rank, size = next(
+                    dist.rendezvous("env://", timeout=MEETING / 2.5)
+                )  # it tries twice
+                store.set_timeout(MEETING)
+                backend = dict(cuda="cpu:gloo,cuda:nccl", cpu="gloo")[self.device.type]
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=size, timeout=HANG
+                )
+                dist.all_reduce(torch.zeros(1, device=self.device))  # NCCL starts now, not later
+
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.receive)
-
-    def meet(self):
-        backend = dict(cuda="cpu:gloo,cuda:nccl", cpu="gloo")[self.device.type]
-        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING / 2))  # tried twice
-        store.set_timeout(MEETING)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=HANG)
-        dist.all_reduce(torch.zeros(1, device=self.device))  # NCCL starts now, not in step 1
 
     def receive(self, number, frame):
         """Note a signal; the loop looks at it once a step. Alone, a second one stops at once."""
@@ -617,8 +619,7 @@ class World:
         if s.compute_dtype == "auto" and self.device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         elif s.compute_dtype == "auto" and hasattr(torch.cpu, "get_capabilities"):
-            chip = torch.cpu.get_capabilities()
-            fast = chip.get("amx_bf16") or chip.get("avx512_bf16")
+            fast = torch.cpu.get_capabilities().get("avx512_bf16")
         return torch.bfloat16 if fast else torch.float32
 
     def compiled(self, function, s):
@@ -2343,11 +2344,11 @@ def claim_folder(s):
             raise UserError(
                 f"RUN_ID={s.run_id}: that run is in progress; wait for it or choose another name"
             ) from None
-        for stale in folder.glob(".*.part"):  # of a run that was killed while it wrote
-            stale.unlink()
         for path in folder.iterdir():
             if path.is_dir():
                 raise UserError(f"{path}: is a folder where a run's files belong; remove it")
+            if path.suffix == ".part":  # of a run that was killed while it wrote
+                path.unlink()
     return folder, lock
 
 
@@ -2358,35 +2359,28 @@ def earlier_run(folder, s, facts):
     """
     finished, saved = folder / "submission.json", folder / "checkpoint.pt"
     result = checkpoint = None
+    then = {}
     if finished.exists():
         with blaming(finished, "is damaged, delete it"):
             result = json.loads(finished.read_text())
-            then, data = result["settings"], (result["data_sha256"], result["init_sha256"])
-            same = data == (facts["data_sha256"], facts["init_sha256"])
-            figures = result["val_bpb"] + result["bytes_total"] + then["seed"]
+            data, start = result["data_sha256"], result["init_sha256"]
+            then = dict(result["settings"], data_sha256=data, init_sha256=start)
+            figures = result["val_bpb"] + result["bytes_total"]
             expect(math.isfinite(figures), "a figure is no number")
     elif saved.exists():
         with blaming(saved, "is damaged, delete it"):
             with zipfile.ZipFile(saved) as archive:  # torch does not look at its checksums
                 expect(archive.testzip() is None, "checksum mismatch")
             checkpoint = torch.load(saved, map_location="cpu", weights_only=True)
-            then, same = checkpoint["settings"], checkpoint["facts"] == facts
+            then = {**checkpoint["settings"], **checkpoint["facts"]}
             numbers = checkpoint["seconds"] + checkpoint["grid"] + checkpoint["validated"]
             expect(math.isfinite(numbers), "a number is none")
-    else:
-        return None, None
 
-    for name, value in s.as_dict().items():
-        if SCOPES[name] != "free" and then.get(name, value) != value:
-            earlier = (
-                f"be {as_text(then[name])} in the run RUN_ID={s.run_id}; choose another RUN_ID"
-            )
-            raise s.wrong(name.upper(), earlier)
-    if not same:
-        raise UserError(
-            f"RUN_ID={s.run_id}: "
-            "was run on other data, or with another INIT_FROM, source or torch; choose another"
-        )
+    now = {**s.as_dict(), **facts}
+    for name, value in now.items():
+        if SCOPES.get(name) != "free" and then.get(name, value) != value:
+            earlier = f"was run with {name.upper()}={as_text(then[name])}, not {as_text(value)}"
+            raise UserError(f"RUN_ID={s.run_id}: {earlier}; choose another RUN_ID")
     return result, checkpoint
 
 

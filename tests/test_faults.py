@@ -131,9 +131,10 @@ def test_data_that_turn_out_wrong_in_mid_run_cost_no_finished_step(whole, data, 
     assert_same_run(tmp_path / "runs/wrong", whole)
 
 
-def test_an_empty_data_path_and_an_empty_tokenizer_are_one_line(data, tmp_path, capfd):
-    error = one_line(run_here(tmp_path, SMALL_RUN, data, dict(DATA_PATH=""), code=2))
-    assert error.startswith("DATA_PATH=: must ")
+def test_an_empty_path_and_an_empty_tokenizer_are_one_line(data, tmp_path, capfd):
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        error = one_line(run_here(tmp_path, SMALL_RUN, data, {name: ""}, code=2))
+        assert error.startswith(f"{name}=: must name ")
     (tmp_path / "empty").touch()
     error = one_line(run_here(tmp_path, SMALL_RUN, data, dict(TOKENIZER_PATH="empty"), code=2))
     assert error == "TOKENIZER_PATH=empty: is no SentencePiece model"
@@ -349,13 +350,13 @@ def test_a_run_is_not_resumed_under_another_source_or_data(data, shards, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "source", lambda: SCRIPT.read_bytes() + b"#\n")
         error = one_line(run_here(tmp_path, *settings, code=2))
-    assert error.startswith("RUN_ID=part: was run ") and "source" in error
+    assert error.startswith("RUN_ID=part: was run with SOURCE_SHA256=")
     validation = shards / "fineweb_val_000000.bin"
     validation.write_bytes(validation.read_bytes()[:-2] + b"\x07\x01")
     error = one_line(run_here(tmp_path, *settings, code=2))
-    assert error.startswith("RUN_ID=part: was run on other data") and "data" in error
+    assert error.startswith("RUN_ID=part: was run with DATA_SHA256=")
     error = one_line(run_here(tmp_path, *settings, dict(MATRIX_LR=0.1), code=2))
-    assert error.startswith("MATRIX_LR=0.1: must be 0.025 in the run RUN_ID=part; ")
+    assert error.startswith("RUN_ID=part: was run with MATRIX_LR=0.025, not 0.1; ")
 
 
 # ---- the disk ----
@@ -533,6 +534,21 @@ def test_a_rank_that_dies_ends_the_others_with_a_line_and_the_run_resumes(data, 
     assert "lost touch with another rank" in last_line(tmp_path / "runs/lost")
     assert "resumed at step" in run(tmp_path, *settings, ranks=2)
     assert [*losses(tmp_path / "runs/lost")[0]] == [*range(1, 61)]
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_is_killed_before_they_meet_end_within_a_minute(data, tmp_path):
+    process = start(tmp_path, ENDLESS, data, ranks=2)
+    while len(ranks := ranks_of(process)) < 2:
+        time.sleep(0.01)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    err = process.communicate()[1]
+    assert err.count("error: WORLD_SIZE=2: the ranks cannot meet") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
