@@ -420,11 +420,7 @@ def check(s):
     need(s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS", f"divide NUM_HEADS={s.num_heads}")
     rotated = s.rope_dims or width
     fits = rotated % 2 == 0 and 4 <= rotated <= width
-    need(
-        fits,
-        "ROPE_DIMS",
-        f"be 0, or even, at least 4 and at most {width}",
-    )
+    need(fits, "ROPE_DIMS", f"be 0, or even, at least 4 and at most {width}")
     value_layers(s)
     layer_order(s)
 
@@ -439,9 +435,9 @@ def check(s):
     need(plain, "RUN_ID", "be a folder name of letters, digits, '.', '_' and '-'")
 
     # settings of one mode
+    need(s.artifact or s.mode != "eval", "ARTIFACT", "name an artifact to read")
     for name, mode in MODE_OF.items():
-        unset = getattr(s, name.lower()) == FIELDS[name].default
-        need(unset or s.mode == mode, name, f"be unset but for MODE={mode}")
+        need(name not in s.given or s.mode == mode, name, f"be unset but for MODE={mode}")
 
 
 # ---- World: one process or torchrun's many; with one, communication is skipped -------------------
@@ -490,7 +486,7 @@ class World:
 
     def __init__(self, environ=MappingProxyType({})):
         """One process on the CPU or the first GPU, or the place that torchrun's variables name."""
-        self.signal = 0
+        self.signal, self.alone = 0, "WORLD_SIZE" not in environ
         self.say = functools.partial(print, flush=True)  # a run's log, where there is one
         rank, local_rank = environ.get("RANK", 0), environ.get("LOCAL_RANK", 0)
         size = environ.get("WORLD_SIZE", 1)
@@ -502,6 +498,8 @@ class World:
         self.device = torch.device("cpu")
         if torch.cuda.device_count():
             self.device = torch.device("cuda", self.local_rank)
+        with blaming(place, "cannot use its GPU; lower --nproc_per_node, or update the driver"):
+            self.use_device()
 
     def use_device(self):
         """Make the GPU this thread's own; elsewhere nothing."""
@@ -510,14 +508,10 @@ class World:
 
     def start(self):
         """Join the process group (NCCL for CUDA tensors, gloo for others); listen to signals."""
-        remedy = "cannot use its GPU; lower --nproc_per_node, or set CUDA_VISIBLE_DEVICES="
-        with blaming(f"LOCAL_RANK={self.local_rank}", remedy):
-            self.use_device()
         if self.size > 1:
             with blaming(f"WORLD_SIZE={self.size}: the ranks cannot meet", "use torchrun"):
-                store, rank, size = next(
-                    dist.rendezvous("env://", timeout=MEETING / 2.5)
-                )  # it tries twice
+                # the client of the store tries twice
+                store, rank, size = next(dist.rendezvous("env://", timeout=MEETING / 2.5))
                 store.set_timeout(MEETING)
                 backend = dict(cuda="cpu:gloo,cuda:nccl", cpu="gloo")[self.device.type]
                 dist.init_process_group(
@@ -532,7 +526,7 @@ class World:
     def receive(self, number, frame):
         """Note a signal; the loop looks at it once a step. Alone, a second one stops at once."""
         self.signal = number
-        if self.size == 1:  # torchrun repeats signals, and a closed terminal may hang up twice
+        if self.alone:  # torchrun repeats signals; a closed terminal may hang up twice
             for again in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(again, signal.SIG_DFL)
 
@@ -2284,9 +2278,8 @@ def adopt(model, artifact, weights, s):
 
 # ---- Run folder: everything of a run lies in runs/<RUN_ID>/ --------------------------------------
 
-source = functools.cache(
-    Path(__file__).read_bytes
-)  # this script's bytes: they count against the cap
+# this script's bytes: they count against the cap
+source = functools.cache(Path(__file__).read_bytes)
 
 
 class RunLog:
@@ -3150,8 +3143,6 @@ def run(environ, world):
             artifact = read_artifact(name, environ[name], world)
             stored = artifact.stored
     s = check_head(from_env(environ, stored))
-    if s.mode == "eval" and artifact is None:
-        raise s.wrong("ARTIFACT", "name an artifact to read")
     modes = dict(train=run_train, eval=run_eval, table=run_table, bench=bench)
     code = modes[s.mode](s, world, artifact)
     if s.mode != "train":  # what the others say is nowhere else
@@ -3159,34 +3150,30 @@ def run(environ, world):
     return code
 
 
-def report(error, world):
-    """Exit code and, from rank 0, one line for what ended the program; a defect is raised again."""
-    words = in_words(error)
-    if words is None:
-        raise error
-    if isinstance(error, Interrupted):
-        return 128 + error.args[0]
-    if world is not None and world.rank > 0:
-        time.sleep(10)  # rank 0 speaks, saves and ends first
-        return 2
-    with suppress(OSError, ValueError):  # a full or closed stderr
-        print(f"error: {words}", file=sys.stderr, flush=True)
-    return 2
-
-
 def main():
-    """Run the chosen mode; its exit code, 2 for a user's mistake."""
+    """Run the chosen mode; its exit code. A user's mistake is one line, from rank 0, and code 2."""
     world = None
     try:
         world = World(os.environ)
         if world.rank > 0:  # rank 0 speaks for all
             sys.stdout = open(os.devnull, "w")
+
         code = run(os.environ, world)
         if world.size > 1:
             dist.destroy_process_group()
         return code
+    except Interrupted as interruption:
+        return 128 + interruption.args[0]
     except Exception as error:
-        return report(error, world)
+        words = in_words(error)
+        if words is None:  # a defect, which shows its traceback
+            raise
+        if world is None or world.rank == 0:
+            with suppress(OSError, ValueError):  # a full or closed stderr
+                print(f"error: {words}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(10)  # rank 0 speaks, saves and ends first
+        return 2
 
 
 if __name__ == "__main__":

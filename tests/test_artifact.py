@@ -691,7 +691,7 @@ def test_a_loaded_artifact_computes_what_the_rounded_model_does(tmp_path):
         blob, step = pack(state, roles, small(**changes), 10**9)
         path.write_bytes(blob)
         artifact = read_artifact("ARTIFACT", path, world)
-        s = from_env(dict(MODE="eval"), artifact.stored)
+        s = from_env(dict(MODE="eval", ARTIFACT="x"), artifact.stored)
         loaded = build_model(s, world, artifact_weights(artifact))
         model.load_state_dict({n: as_exported(w, roles[n], step) for n, w in state.items()})
         x, y = torch.randint(48, (2, 3, 24))
@@ -713,7 +713,7 @@ def test_the_default_batch_does_not_bear_on_an_artifact():
     """A sequence length that does not divide it, though it divided the run's own."""
     changes = dict(train_seq_len=100, train_batch_tokens=400)
     artifact = open_artifact("x", artifact_of(random_model(**changes), **changes))
-    assert from_env(dict(MODE="eval"), artifact.stored).train_seq_len == 100
+    assert from_env(dict(MODE="eval", ARTIFACT="x"), artifact.stored).train_seq_len == 100
     assert artifact_weights(artifact)
 
 

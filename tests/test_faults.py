@@ -537,12 +537,12 @@ def test_a_rank_that_dies_ends_the_others_with_a_line_and_the_run_resumes(data, 
 
 
 @pytest.mark.slow
-def test_ranks_whose_torchrun_is_killed_before_they_meet_end_within_a_minute(data, tmp_path):
+def test_ranks_whose_torchrun_is_killed_before_they_meet_end_soon(data, tmp_path):
     process = start(tmp_path, ENDLESS, data, ranks=2)
     while len(ranks := ranks_of(process)) < 2:
         time.sleep(0.01)
     process.kill()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 75  # the start, two tries of 12 s, 10 s for rank 0
     while any(Path(f"/proc/{pid}").exists() for pid in ranks):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -552,8 +552,9 @@ def test_ranks_whose_torchrun_is_killed_before_they_meet_end_within_a_minute(dat
 
 
 @pytest.mark.slow
-def test_ctrl_c_at_torchrun_saves_a_checkpoint(data, tmp_path):
-    process = start(tmp_path, ENDLESS, data, ranks=2)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_at_torchrun_saves_a_checkpoint(ranks, data, tmp_path):
+    process = start(tmp_path, ENDLESS, data, ranks=ranks)
     wait_for(tmp_path / "runs/slow/train.log", "step:8/", process)
     for pid in (*ranks_of(process), process.pid):  # a terminal signals all; torchrun repeats it
         os.kill(pid, signal.SIGINT)

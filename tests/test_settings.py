@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import FIELDS, HEADS, PUBLISHED, Hyperparameters, UserError, pairs
+from train_gpt import FIELDS, HEADS, MODE_OF, PUBLISHED, Hyperparameters, UserError, pairs
 
 NUMBERS = [name for name, field in FIELDS.items() if field.type in (int, float)]
 SWITCHES = [name for name, field in FIELDS.items() if field.type is bool]
 ALLOWED = {name: field.metadata["allowed"] for name, field in FIELDS.items()}
 CHOICES = {name: ALLOWED[name].split(", ") for name, f in FIELDS.items() if f.type is str}
 CHOICES = {name: choices for name, choices in CHOICES.items() if choices != [""]}
+ARTIFACT_OF = {"eval": {"ARTIFACT": "x"}}  # what a mode needs
 CONSTANTS = {name: value for name, value in PUBLISHED.items() if "," not in value}
 
 STUDY_A = pairs("""
@@ -100,9 +101,11 @@ def test_an_empty_environment_gives_the_dataclass_s_defaults_which_cannot_be_cha
 
 def test_every_setting_is_documented_and_accepted_at_its_default():
     for name, field in FIELDS.items():
-        head = head_for(name)
+        default, others = train_gpt.as_text(field.default), head_for(name)
         assert field.metadata["doc"].strip()
-        assert from_env({name: train_gpt.as_text(field.default), **head}) == from_env(head), name
+        if name in MODE_OF:
+            others = {"MODE": MODE_OF[name], **ARTIFACT_OF.get(MODE_OF[name], {})}
+        assert from_env({name: default, **others}) == from_env(others), name
 
 
 def test_the_ends_of_a_range_are_accepted_and_the_next_numbers_refused_with_the_bound():
@@ -402,6 +405,7 @@ def test_settings_that_do_not_fit_together_are_refused():
         EVAL_SPECTRUM=1 -> EVAL_SPECTRUM=1: ... MODE=eval
         RUNS=x -> RUNS=x: ... MODE=table
         MODE=bench INIT_FROM=x -> INIT_FROM=x: ... MODE=train
+        MODE=eval -> ARTIFACT=: must name an artifact
     """)
 
 
@@ -448,6 +452,16 @@ VALUES = st.one_of(
     st.floats().map(str),
     st.sampled_from([*TEXTS, "9" * 400, "9" * 5000]),
 )
+
+
+def test_a_gpu_that_cannot_be_used_is_told_by_the_rank_that_has_none(monkeypatch):
+    def no_such_device(device):
+        raise RuntimeError("invalid device ordinal")
+
+    monkeypatch.setattr(train_gpt.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(train_gpt.torch.cuda, "set_device", no_such_device)
+    with pytest.raises(UserError, match="^RANK=2 LOCAL_RANK=2 WORLD_SIZE=3: cannot use its GPU"):
+        train_gpt.World(variables("RANK=2 LOCAL_RANK=2 WORLD_SIZE=3"))
 
 
 @settings(max_examples=200)
