@@ -251,13 +251,13 @@ PRESETS = dict(
     """),
 )
 
-# Published variables of one implemented behaviour: the values at which they are accepted.
+# Published variables and the values at which they are accepted: no other behaviour is implemented.
 PUBLISHED = pairs("""
     TIE_EMBEDDINGS=1 EMA_FROM_INIT=1 USE_QAT=0 GRAD_GUIDED_QUANT=0 SKIP_QUANT=0 QAT_BITS=6 QUANT_BITS_MIDDLE=6
     QUANT_BITS_MLP=6 MUON_BACKEND_STEPS=5 ROPE_BASE=10000.0 BETA1=0.9 BETA2=0.95 ADAM_EPS=1e-8
     FLASH_ATTN_BACKEND=fa3 FLASH_ATTN_STRICT=1 FLASH_ATTN_ARCH_LIST=9.0 USE_MOS=0,1 SKIP_COMPILE=0,1 USE_FA3=0,1
 """)
-# Published variables that speak of our settings: which take their value, and which another.
+# What published variables say of our settings: one alone has their value, `NAME=value` this one.
 ALIASES = dict(
     MIXTURE_SOFTMAX_K="HEAD_K", MIXTURE_RANK_DIM="HEAD_RANK", SIMPLEX_DIM="HEAD_DIM",
     RANK_DIM="HEAD_RANK HEAD_TYPE=factorized",
