@@ -49,7 +49,6 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -81,16 +80,16 @@ class UserError(Exception):
     """A mistake of the user's: main prints it as one line, `error: ...`, and exits with code 2."""
 
 
-MANY = 2**40  # steps, bytes, learning rates that nobody sets
+USUAL = {bool: "0, 1", int: "0 to 1e12", float: "0 to 1e12", str: ""}  # allowed values, by type
 
 
-def setting(default, doc, low=0, high=MANY, choices=(), scope="run"):
-    """A field with its documentation, the range of a number, or the choices of a text.
+def setting(default, doc, allowed="", scope="run"):
+    """A field with its documentation and its allowed values: `low to high`, or choices.
 
     Its scope says who else must know it: "model" and "eval" travel in the artifact (the model's
     cannot be contradicted), "run" makes a run what it is, "free" may change when one is resumed.
     """
-    facts = dict(doc=doc, low=low, high=high, choices=choices, scope=scope)
+    facts = dict(doc=doc, allowed=allowed or USUAL[type(default)], scope=scope)
     return field(default=default, metadata=facts)
 
 
@@ -107,10 +106,10 @@ class Hyperparameters:
     """All settings of a run. The defaults are the `study` preset; a field's variable is its name in capitals."""
 
     # Mode
-    mode: str = free_setting("train", "what to do", choices=("train", "eval", "table", "bench"))
-    preset: str = setting("study", "defaults: study A's, study B's, the strongest published, a CPU's", choices=("study", "pilot", "best", "demo"))
+    mode: str = free_setting("train", "what to do", "train, eval, table, bench")
+    preset: str = setting("study", "defaults: study A's, study B's, the strongest published, a CPU's", "study, pilot, best, demo")
     run_id: str = free_setting("", "folder under runs/; empty: time, head and seed")
-    seed: int = setting(1337, "seed of the initial weights", high=2**32 - 1)
+    seed: int = setting(1337, "seed of the initial weights")
     author: str = free_setting("", "author named in submission.json")
     github_id: str = free_setting("", "GitHub account named in submission.json")
     allow_near_misses: bool = free_setting(False, "accept variables that look like misspelt settings")
@@ -118,15 +117,15 @@ class Hyperparameters:
     # Data
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin, or `demo`: Python's docs")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
-    vocab_size: int = model_setting(1024, "tokens in the vocabulary", 2, 65536)
+    vocab_size: int = model_setting(1024, "tokens in the vocabulary", "2 to 65536")
 
     # Model shape
-    num_layers: int = model_setting(11, "transformer blocks", 1, 1000)
-    model_dim: int = model_setting(512, "width of the residual stream", 4, 65536)
-    num_heads: int = model_setting(8, "query heads", 1, 1024)
-    num_kv_heads: int = model_setting(4, "key-value heads; each serves NUM_HEADS / NUM_KV_HEADS query heads", 1, 1024)
-    mlp_mult: int = model_setting(3, "hidden width of the MLP over MODEL_DIM", 1, 64)
-    mlp_slope: float = model_setting(0.0, "the MLP's activation is leaky_relu(x, MLP_SLOPE)^2", high=1)
+    num_layers: int = model_setting(11, "transformer blocks", "1 to 1000")
+    model_dim: int = model_setting(512, "width of the residual stream", "4 to 65536")
+    num_heads: int = model_setting(8, "query heads", "1 to 1024")
+    num_kv_heads: int = model_setting(4, "key-value heads; each serves NUM_HEADS / NUM_KV_HEADS query heads", "1 to 1024")
+    mlp_mult: int = model_setting(3, "hidden width of the MLP over MODEL_DIM", "1 to 64")
+    mlp_slope: float = model_setting(0.0, "the MLP's activation is leaky_relu(x, MLP_SLOPE)^2", "0 to 1")
     # ... attention
     rope_dims: int = model_setting(16, "rotated channels of a head; 0: all")
     use_ntk_rope: bool = model_setting(True, "raise the rotary base for TRAIN_SEQ_LEN above 1024")
@@ -135,50 +134,50 @@ class Hyperparameters:
     attn_window: int = model_setting(0, "keys that a query of the first ATTN_WINDOW_LAYERS sees, its own included; 0: all")
     attn_window_layers: int = model_setting(8, "layers with windows, where ATTN_WINDOW is set")
     skip_gates: bool = model_setting(False, "skips are mixed in by learned gates instead of added")
-    loop_layers: str = model_setting("", "neighbouring layers that run twice, from 0, separated by commas; empty: none")
-    loop_start_frac: float = setting(0.5, "share of training from which LOOP_LAYERS run twice", high=0.99)
+    loop_layers: str = model_setting("", "layers that run twice, from 0, separated by commas; empty: none")
+    loop_start_frac: float = setting(0.5, "share of training from which LOOP_LAYERS run twice", "0 to 0.99")
     parallel_from: int = model_setting(1000, "first layer from which attention and MLP work on two lanes; NUM_LAYERS or more: none")
     # ... embeddings
     smear_gate: bool = model_setting(True, "blend each embedding with the token before")
     bigram_hash: bool = model_setting(True, "add a hashed bigram embedding")
-    bigram_at: str = model_setting("layers", "where: before each layer, or once, at the input", choices=("layers", "input"))
-    bigram_vocab_size: int = model_setting(2048, "rows of the bigram table", 2)
-    bigram_dim: int = model_setting(128, "width of the bigram table", 1, 65536)
+    bigram_at: str = model_setting("layers", "where: before each layer, or once, at the input", "layers, input")
+    bigram_vocab_size: int = model_setting(2048, "rows of the bigram table", "2 to 1e12")
+    bigram_dim: int = model_setting(128, "width of the bigram table", "1 to 65536")
     ln_scale: bool = model_setting(True, "scale the norms of layer i by 1 / sqrt(i + 1)")
     value_embed: bool = model_setting(True, "add a token embedding to the values of VE_LAYERS")
-    ve_dim: int = model_setting(128, "width of the value embedding table", 1, 65536)
+    ve_dim: int = model_setting(128, "width of the value embedding table", "1 to 65536")
     ve_layers: str = model_setting("9,10", "layers with a value embedding, from 0, separated by commas")
-    init_type: str = model_setting("ortho", "orthogonal, or PyTorch's own with zero output projections", choices=("ortho", "default"))
-    tied_embed_init_std: float = model_setting(0.005, "standard deviation of the initial token embedding", 1e-9)
+    init_type: str = model_setting("ortho", "orthogonal, or PyTorch's own with zero output projections", "ortho, default")
+    tied_embed_init_std: float = model_setting(0.005, "standard deviation of the initial token embedding", "1e-9 to 1e12")
 
     # Output head
     head_type: str = model_setting("tied", "output head")
-    head_variant: str = model_setting("", "the head as a study ran it", choices=("", "pr908", "pr266"))
-    head_k: int = model_setting(2, "components of the mixture", 1, 64)
+    head_variant: str = model_setting("", "the head as a study ran it", ", pr908, pr266")
+    head_k: int = model_setting(2, "components of the mixture", "1 to 64")
     head_rank: int = model_setting(64, "rank of the head's own factors; 0 (delta): full")
-    head_dim: int = model_setting(128, "corners of the simplex", 2, 65536)
+    head_dim: int = model_setting(128, "corners of the simplex", "2 to 65536")
     logit_softcap: float = model_setting(30.0, "c in c tanh(z / c) on the logits; 0: no cap")
-    head_start_frac: float = setting(0.0, "share of training until which the head's own learning rates are zero", high=1)
+    head_start_frac: float = setting(0.0, "share of training until which the head's own learning rates are zero", "0 to 1")
     head_trainable: bool = setting(True, "train the head's own parameters; 0: they stay as they start")
-    train_only: str = setting("all", "what is trained", choices=("all", "head"))
+    train_only: str = setting("all", "what is trained", "all, head")
     init_from: str = setting("", "artifact whose trunk, and head where it is the same, training starts from")
 
     # Training length
-    train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", 1)
+    train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", "1 to 1e12")
     shuffle: bool = setting(False, "a new order of the sequences in each pass over the data; 0: the files' order")
-    train_seq_len: int = model_setting(2048, "tokens a sequence, in training and evaluation", 1, 2**24)
-    micro_batch_tokens: int = setting(0, "tokens of one forward pass on one rank; 0: 131072 on CUDA, else 4096")
+    train_seq_len: int = model_setting(2048, "tokens a sequence, in training and evaluation", "1 to 16777216")
+    micro_batch_tokens: int = setting(0, "tokens of one forward pass on one rank, a sequence at least; 0: 131072 on CUDA, else 4096")
     iterations: int = setting(20000, "steps at most; 0: export and score the untrained model")
     max_wallclock_seconds: float = setting(600.0, "cap on training time, seconds; 0: none")
     warmup_steps: int = setting(20, "steps that prime the compiled code, then are undone; outside the cap")
     warmdown_iters: int = setting(3500, "steps of linear warm-down of the learning rates at the end")
-    warmdown_frac: float = setting(0.8, "the warm-down's longest share of the run", high=1)
+    warmdown_frac: float = setting(0.8, "the warm-down's longest share of the run", "0 to 1")
     val_loss_every: int = setting(0, "steps between validations; 0: at the end only")
     train_log_every: int = free_setting(200, "steps between log lines; 0: none")
     checkpoint_seconds: float = free_setting(0.0, "seconds between checkpoints; 0: at signals and at the end only")
-    compute_dtype: str = eval_setting("auto", "of products; auto: bf16 where it is fast", choices=("auto", "bf16", "fp32"))
-    compile: str = eval_setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
-    attn_backend: str = setting("auto", "attention kernel on CUDA; auto: the first of these that runs", choices=("auto", *KERNELS))
+    compute_dtype: str = eval_setting("auto", "of products; auto: bf16 where it is fast", "auto, bf16, fp32")
+    compile: str = eval_setting("auto", "torch.compile; auto: on CUDA", "auto, 0, 1")
+    attn_backend: str = setting("auto", "attention kernel on CUDA; auto: the first of these that runs", f"auto, {', '.join(KERNELS)}")
 
     # Optimizers
     matrix_lr: float = setting(0.025, "Muon's learning rate: matrices of the trunk")
@@ -186,33 +185,33 @@ class Hyperparameters:
     tied_embed_lr: float = setting(0.035, "Adam's learning rate: token, bigram and value tables")
     head_matrix_lr: float = setting(0.0, "Muon's learning rate: the head's own matrices; 0: the head's default")
     head_lr: float = setting(0.0, "Adam's learning rate: the head's own vocabulary-side matrices; 0: the head's default")
-    muon_momentum: float = setting(0.99, "Muon's momentum after its warm-up", high=0.9999)
-    muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at step 0", high=0.9999)
+    muon_momentum: float = setting(0.99, "Muon's momentum after its warm-up", "0 to 0.9999")
+    muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at step 0", "0 to 0.9999")
     muon_momentum_warmup_steps: int = setting(1500, "steps of the momentum's warm-up")
     muon_weight_decay: float = setting(0.04, "decoupled weight decay of Muon")
     muon_row_norm: bool = setting(False, "bring the rows of Muon's update to one norm before it is orthogonalised")
     adam_wd: float = setting(0.04, "decoupled weight decay of Adam")
-    scalar_wd: float = setting(-1.0, "the same for scales, gains, gates, biases; below 0: ADAM_WD", -1)
+    scalar_wd: float = setting(-1.0, "the same for scales, gains, gates, biases; below 0: ADAM_WD", "-1 to 1e12")
     grad_clip_norm: float = setting(0.3, "largest norm of the whole gradient; 0: no clipping")
     use_ema: bool = setting(True, "export the exponential moving average of the weights")
-    ema_alpha: float = setting(0.997, "the average's decay a step, min(EMA_ALPHA, (1 + t) / (10 + t))", high=0.999999)
+    ema_alpha: float = setting(0.997, "the average's decay a step, min(EMA_ALPHA, (1 + t) / (10 + t))", "0 to 0.999999")
 
     # Evaluation
-    eval_stride: int = eval_setting(64, "tokens scored a window in the final evaluation; 0: TRAIN_SEQ_LEN")
-    val_batch_size: int = eval_setting(524288, "tokens of one evaluation batch, over all ranks", 1)
-    eval_split: str = setting("val", "split that is scored", choices=("val", "test"))
+    eval_stride: int = eval_setting(64, "tokens scored a window in the final evaluation; 0, or above TRAIN_SEQ_LEN: all")
+    val_batch_size: int = eval_setting(524288, "tokens of one evaluation batch, over all ranks", "1 to 1e12")
+    eval_split: str = setting("val", "split that is scored", "val, test")
     eval_spectrum: bool = setting(False, "measure the rank of the log-probabilities (MODE=eval)")
     artifact: str = free_setting("", "artifact to score (MODE=eval)")
     runs: str = free_setting("runs/*", "folders of the runs to compare (MODE=table)")
 
     # Artifact
     late_qat: bool = setting(True, "train through the export's rounding at the end")
-    qat_threshold: float = setting(0.15, "learning-rate scale below which late QAT starts", high=1)
-    compress_algo: str = eval_setting("zlib", "codec; zlib is deflate, Huffman only", choices=("zlib", "zstd"))
-    size_limit_bytes: int = setting(16_000_000, "cap on this script's bytes plus the artifact's", 1)
+    qat_threshold: float = setting(0.15, "learning-rate scale below which late QAT starts", "0 to 1")
+    compress_algo: str = eval_setting("zlib", "codec; zlib is deflate, Huffman only", "zlib, zstd")
+    size_limit_bytes: int = setting(16_000_000, "cap on this script's bytes plus the artifact's", "1 to 1e12")
 
     # what the user said: by setting in capitals, the variable and its text
-    given: Mapping[str, tuple[str, str]] = field(default_factory=dict, compare=False, repr=False)
+    given: dict = field(default_factory=dict, compare=False, repr=False)
 
     def wrong(self, name, remedy):
         """The error of one setting, under the variable that the user wrote."""
@@ -252,29 +251,27 @@ PRESETS = dict(
     """),
 )
 
-# Published names. Constants have one implemented behaviour and are accepted at that value only.
-PUBLISHED_CONSTANTS = pairs("""
+# Published variables and the values at which they are accepted: no other behaviour is implemented.
+PUBLISHED = pairs("""
     TIE_EMBEDDINGS=1 EMA_FROM_INIT=1 USE_QAT=0 GRAD_GUIDED_QUANT=0 SKIP_QUANT=0 QAT_BITS=6 QUANT_BITS_MIDDLE=6
     QUANT_BITS_MLP=6 MUON_BACKEND_STEPS=5 ROPE_BASE=10000.0 BETA1=0.9 BETA2=0.95 ADAM_EPS=1e-8
-    FLASH_ATTN_BACKEND=fa3 FLASH_ATTN_STRICT=1 FLASH_ATTN_ARCH_LIST=9.0
+    FLASH_ATTN_BACKEND=fa3 FLASH_ATTN_STRICT=1 FLASH_ATTN_ARCH_LIST=9.0 USE_MOS=0,1 SKIP_COMPILE=0,1 USE_FA3=0,1
 """)
-ALIASES = pairs("""
-    MIXTURE_SOFTMAX_K=HEAD_K MIXTURE_RANK_DIM=HEAD_RANK SIMPLEX_DIM=HEAD_DIM MOS_K=HEAD_K MOS_RANK=HEAD_RANK
-""")
+# What published variables say of our settings: one alone has their value, `NAME=value` this one.
+ALIASES = dict(
+    MIXTURE_SOFTMAX_K="HEAD_K", MIXTURE_RANK_DIM="HEAD_RANK", SIMPLEX_DIM="HEAD_DIM",
+    RANK_DIM="HEAD_RANK HEAD_TYPE=factorized",
+    USE_MOS="HEAD_TYPE=mos", MOS_K="HEAD_K HEAD_TYPE=mos", MOS_RANK="HEAD_RANK HEAD_TYPE=mos",
+    SKIP_COMPILE="COMPILE=0", USE_FA3="ATTN_BACKEND=fa3",
+)
 HEAD_WORDS = dict(standard="tied", mixture_softmax="mos")
-STUDY_B = ("USE_MOS", "MOS_K", "MOS_RANK")
-SWITCHES = ("RANK_DIM", "USE_MOS", "SKIP_COMPILE", "USE_FA3")  # read by `translate`
+SWITCHES = ("RANK_DIM", "USE_MOS", "SKIP_COMPILE", "USE_FA3")  # 0 says nothing
+STUDY_B = {"USE_MOS", "MOS_K", "MOS_RANK"}
 # fmt: on
 
 FIELDS = {f.name.upper(): f for f in fields(Hyperparameters) if f.metadata}
 SCOPES = {f.name: f.metadata["scope"] for f in FIELDS.values()}
 MODE_OF = dict(ARTIFACT="eval", EVAL_SPECTRUM="eval", RUNS="table", INIT_FROM="train")
-READERS = {  # by type: text to value, and what the text must be
-    str: (str, "be text"),
-    bool: ({"0": False, "1": True}.__getitem__, "be 0 or 1"),
-    int: (int, "be a whole number"),
-    float: (float, "be a number"),
-}
 
 
 def as_text(value):
@@ -284,148 +281,113 @@ def as_text(value):
     return str(value)
 
 
-def convert(name, text, kind):
-    """The value of a variable's text, by its type's name; UserError where it is none."""
-    read, remedy = READERS[kind]
-    try:
-        return read(text)
-    except (KeyError, ValueError):
-        raise UserError(f"{name}={text}: must {remedy}") from None
-
-
 def parse(name, text, source):
-    """The typed value of one setting, in its range; UserError names the variable that said it."""
-    facts = FIELDS[name].metadata
-    low, high, choices = facts["low"], facts["high"], facts["choices"]
-    if choices:
-        check_choice(source, text, choices)
-    value = convert(source, text, FIELDS[name].type)
-    if isinstance(value, str) or low <= value <= high:
-        return value
-    if value < low:
+    """The typed value of one setting, if it is allowed; UserError names the variable that said it."""
+    kind, allowed = FIELDS[name].type, FIELDS[name].metadata["allowed"]
+    if kind in (bool, str):
+        if allowed and text not in allowed.split(", "):
+            raise UserError(f"{source}={text}: must be one of {allowed}")
+        return text if kind is str else text == "1"
+
+    try:
+        value = kind(text)
+    except ValueError:
+        number = {int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{source}={text}: must be {number}") from None
+    low, high = allowed.split(" to ")
+    if value < float(low):
         raise UserError(f"{source}={text}: must be at least {low}")
-    raise UserError(f"{source}={text}: must be at most {high}")
-
-
-def check_choice(source, text, choices):
-    if text not in choices:
-        hint = ""
-        for near in difflib.get_close_matches(text, choices, n=1):
-            hint = f"; did you mean {near}?"
-        raise UserError(f"{source}={text}: must be one of {', '.join(choices)}{hint}")
+    if not value <= float(high):  # nor may it be nan
+        raise UserError(f"{source}={text}: must be at most {high}")
+    return value
 
 
 def check_names(environ):
     """UserError for a variable that looks misspelt or is not implemented."""
-    known = {*FIELDS, *PUBLISHED_CONSTANTS, *ALIASES, *SWITCHES}
+    known = {*FIELDS, *PUBLISHED, *ALIASES}
     if environ.get("ALLOW_NEAR_MISSES") != "1":
         for name in sorted(environ.keys() - known):
             for likely in difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85):
-                raise UserError(
-                    f"{name}={environ[name]}: "
-                    f"did you mean {likely}? If not, set ALLOW_NEAR_MISSES=1"
-                )
+                meant = f"did you mean {likely}? If not, set ALLOW_NEAR_MISSES=1"
+                raise UserError(f"{name}={environ[name]}: {meant}")
 
-    for name, value in PUBLISHED_CONSTANTS.items():
-        unused = name.startswith("FLASH_ATTN") and not torch.cuda.is_available()
-        if environ.get(name, value) != value and not unused:
-            raise UserError(
-                f"{name}={environ[name]}: only {name}={value} is implemented; leave it unset"
-            )
+    for name in environ.keys() & PUBLISHED.keys():
+        text, values = environ[name], PUBLISHED[name]
+        if text not in values.split(","):
+            raise UserError(f"{name}={text}: only {name}={values} is implemented; leave it unset")
 
 
 def translate(environ):
     """What the user said, in our names: by setting, the variable that says it and its text."""
     check_names(environ)
-    said = []  # variable, setting, text
 
-    # study A: HEAD_TYPE=standard with RANK_DIM above 0 is the factorized head
-    head = environ.get("HEAD_TYPE", "standard")
-    rank = convert("RANK_DIM", environ.get("RANK_DIM", "0"), int)
-    if rank < 0 or rank > 0 and head != "standard":
-        raise UserError(
-            f"RANK_DIM={rank}: must be 0 or unset, or above 0 with HEAD_TYPE=standard (factorized)"
-        )
-    if rank > 0:
-        said += [("RANK_DIM", "HEAD_TYPE", "factorized"), ("RANK_DIM", "HEAD_RANK", str(rank))]
-    elif "HEAD_TYPE" in environ:
-        said.append(("HEAD_TYPE", "HEAD_TYPE", HEAD_WORDS.get(head, head)))
+    # study A: with RANK_DIM above 0, the standard head is the factorized one
+    heads = dict(HEAD_WORDS)
+    if environ.get("RANK_DIM", "0") != "0":
+        heads["standard"] = "factorized"
 
-    # study B: any of its variables means the mixture, but USE_MOS=0 silences them
-    silent = ()
-    if not convert("USE_MOS", environ.get("USE_MOS", "1"), bool):
-        silent = STUDY_B
-        if head in ("mos", "mixture_softmax"):
-            raise UserError(f"USE_MOS=0: contradicts HEAD_TYPE={head}; set only one")
-    for name in STUDY_B:
-        said.append((name, "HEAD_TYPE", "mos"))
-
-    # one name for another, and our own names
-    for alias, name in ALIASES.items():
-        said.append((alias, name, environ.get(alias)))
-    if convert("SKIP_COMPILE", environ.get("SKIP_COMPILE", "0"), bool):
-        said.append(("SKIP_COMPILE", "COMPILE", "0"))
-    if convert("USE_FA3", environ.get("USE_FA3", "0"), bool):
-        said.append(("USE_FA3", "ATTN_BACKEND", "fa3"))
-    said += [(name, name, environ.get(name)) for name in FIELDS if name != "HEAD_TYPE"]
+    # what is off says nothing; USE_MOS=0 silences all of study B's
+    silent = {name for name in SWITCHES if environ.get(name) == "0"}
+    if "USE_MOS" in silent:
+        silent |= STUDY_B
 
     given = {}
-    for source, name, text in said:
-        if source in environ and source not in silent:
+    for source in [*ALIASES, *FIELDS]:
+        if source not in environ or source in silent:
+            continue
+        for meaning in ALIASES.get(source, source).split():
+            name, _, text = meaning.partition("=")
+            text = text or environ[source]
+            if name == "HEAD_TYPE":
+                text = heads.get(text, text)
             first, agreed = given.setdefault(name, (source, text))
             if text != agreed:
-                raise UserError(
-                    f"{source}={environ[source]}: "
-                    f"contradicts {first}={environ[first]}; set only one"
-                )
+                contradiction = f"contradicts {first}={environ[first]}; set only one"
+                raise UserError(f"{source}={environ[source]}: {contradiction}")
     return given
 
 
-def from_env(environ, stored=MappingProxyType({})):
+def from_env(environ, stored):
     """Settings from variables, then from an artifact's, then the preset's, then the fields'.
 
     MODE=eval takes all that the artifact stores, a run with INIT_FROM only the trunk's. The model
     that is taken cannot be contradicted. UserError names variable, value and remedy.
     """
     given = translate(environ)
-    values = {name: parse(name, text, source) for name, (source, text) in given.items()}
+    values = {}
+    for name, (source, text) in given.items():
+        values[name.lower()] = parse(name, text, source)
 
     # the artifact's
     scoring = environ.get("MODE") == "eval"
     for name, value in stored.items():
-        variable = name.upper()
         fixed = SCOPES[name] == "model" and (scoring or not name.startswith("head_"))
-        if fixed and values.get(variable, value) != value:
-            source, text = given[variable]
-            raise UserError(
-                f"{source}={text}: the artifact has {variable}={as_text(value)}; leave it unset"
-            )
+        if fixed and values.get(name, value) != value:
+            source, text = given[name.upper()]
+            has = f"the artifact has {name.upper()}={as_text(value)}"
+            raise UserError(f"{source}={text}: {has}; leave it unset")
         if fixed or scoring:
-            values.setdefault(variable, value)
+            values.setdefault(name, value)
 
     # the preset's: chosen, or implied
     implied = "study"
-    if environ.keys() & set(STUDY_B):
+    if environ.keys() & STUDY_B:
         implied = "pilot"
     if environ.get("DATA_PATH") == "demo":
         implied = "demo"
-    for name, text in PRESETS[values.setdefault("PRESET", implied)].items():
-        values.setdefault(name, parse(name, text, name))
+    for name, text in PRESETS[values.setdefault("preset", implied)].items():
+        values.setdefault(name.lower(), parse(name, text, name))
 
-    s = Hyperparameters(**{name.lower(): value for name, value in values.items()}, given=given)
-    if "EVAL_STRIDE" not in given and s.eval_stride > s.train_seq_len:
-        s = replace(s, eval_stride=0)  # a stride that nobody set follows the sequence
+    s = Hyperparameters(**values, given=given)
     check(s)
     return s
 
 
 def layer_list(s, name, remedy):
-    """The layers that a setting names, ascending; UserError where it names none of the model's."""
-    try:
-        layers = sorted(set(map(int, getattr(s, name.lower()).split(","))))
-    except ValueError:
-        layers = [-1]
-    if layers[0] < 0 or layers[-1] >= s.num_layers:
+    """The layers that a setting names, ascending; UserError where one is none of the model's."""
+    texts = set(getattr(s, name.lower()).split(","))
+    layers = [layer for layer in range(s.num_layers) if str(layer) in texts]
+    if len(layers) < len(texts):
         raise s.wrong(name, f"be layers in 0..{s.num_layers - 1} between commas; or {remedy}")
     return layers
 
@@ -436,15 +398,13 @@ def value_layers(s):
 
 
 def layer_order(s):
-    """The layers as they run: LOOP_LAYERS twice in a row."""
+    """The layers as they run: after the last of LOOP_LAYERS, all of these again."""
     order = list(range(s.num_layers))
-    if not s.loop_layers:
-        return order
-    loop = layer_list(s, "LOOP_LAYERS", "leave it empty")
-    after = loop[-1] + 1
-    if loop != order[loop[0] : after]:
-        raise s.wrong("LOOP_LAYERS", "be neighbours")
-    return [*order[:after], *loop, *order[after:]]
+    if s.loop_layers:
+        loop = layer_list(s, "LOOP_LAYERS", "leave it empty")
+        after = loop[-1] + 1
+        order[after:after] = loop
+    return order
 
 
 def check(s):
@@ -455,36 +415,29 @@ def check(s):
             raise s.wrong(name, remedy)
 
     # shapes
-    T, width = s.train_seq_len, s.model_dim // s.num_heads
+    width = s.model_dim // s.num_heads
     need(s.model_dim % s.num_heads == 0, "NUM_HEADS", f"divide MODEL_DIM={s.model_dim}")
     need(s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS", f"divide NUM_HEADS={s.num_heads}")
-    need(width % 2 == 0, "NUM_HEADS", f"leave each head an even width, not {width}")
-    rotated, least = s.rope_dims or width, 4 if s.use_ntk_rope else 2
-    fits = rotated % 2 == 0 and least <= rotated <= width
-    need(fits, "ROPE_DIMS", f"be even, at least {least} (with USE_NTK_ROPE) and at most {width}")
+    rotated = s.rope_dims or width
+    fits = rotated % 2 == 0 and 4 <= rotated <= width
+    need(fits, "ROPE_DIMS", f"be 0, or even, at least 4 and at most {width}")
     value_layers(s)
     layer_order(s)
 
-    # batches and windows
-    whole = s.mode == "eval" or s.train_batch_tokens % T == 0
-    need(whole, "TRAIN_BATCH_TOKENS", f"be a multiple of TRAIN_SEQ_LEN={T}")
-    micro = s.micro_batch_tokens or T
-    need(micro >= T, "MICRO_BATCH_TOKENS", f"be 0 or hold a sequence, TRAIN_SEQ_LEN={T}")
-    need(s.eval_stride <= T, "EVAL_STRIDE", f"be at most TRAIN_SEQ_LEN={T}")
-
-    # kernels, codecs, paths
+    # codecs, paths
     codec = s.compress_algo == "zlib" or zstandard
     need(codec, "COMPRESS_ALGO", "be zlib, or the package zstandard be installed")
     need(s.data_path, "DATA_PATH", "name a folder of shards, or be `demo`")
+    need(s.tokenizer_path, "TOKENIZER_PATH", "name the SentencePiece model of the shards")
     own = s.data_path == "demo" and "TOKENIZER_PATH" in s.given
     need(not own, "TOKENIZER_PATH", "be unset with DATA_PATH=demo, which has its own")
     plain = re.fullmatch(r"(?!\.+\Z)[\w.-]{0,200}", s.run_id, re.ASCII)
     need(plain, "RUN_ID", "be a folder name of letters, digits, '.', '_' and '-'")
 
     # settings of one mode
+    need(s.artifact or s.mode != "eval", "ARTIFACT", "name an artifact to read")
     for name, mode in MODE_OF.items():
-        unset = getattr(s, name.lower()) == FIELDS[name].default
-        need(unset or s.mode == mode, name, f"be unset but for MODE={mode}")
+        need(name not in s.given or s.mode == mode, name, f"be unset but for MODE={mode}")
 
 
 # ---- World: one process or torchrun's many; with one, communication is skipped -------------------
@@ -523,9 +476,7 @@ def in_words(error):
         return "out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the sizes of the model"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile fails here ({text[:200]}); set COMPILE=0"
-    if isinstance(error, OSError):
-        return f"{error.filename or 'a file'}: {error.strerror or text}"
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, OSError)):
         return text
     return None
 
@@ -535,27 +486,20 @@ class World:
 
     def __init__(self, environ=MappingProxyType({})):
         """One process on the CPU or the first GPU, or the place that torchrun's variables name."""
-        self.signal, self.signalled = 0, math.inf
+        self.signal, self.alone = 0, "WORLD_SIZE" not in environ
         self.say = functools.partial(print, flush=True)  # a run's log, where there is one
-        self.rank = convert("RANK", environ.get("RANK", "0"), int)
-        self.size = convert("WORLD_SIZE", environ.get("WORLD_SIZE", "1"), int)
-        self.local_rank = convert("LOCAL_RANK", environ.get("LOCAL_RANK", "0"), int)
-        if not 0 <= self.local_rank <= self.rank < self.size:
-            place = f"RANK={self.rank} LOCAL_RANK={self.local_rank} WORLD_SIZE={self.size}"
-            raise UserError(f"{place}: is no rank's place; use torchrun, or unset them")
-
-        gpus = torch.cuda.device_count()
-        if gpus and not torch.cuda.is_available():
-            raise UserError(
-                f"torch {torch.__version__} cannot use the GPU: "
-                "install one for its driver or set CUDA_VISIBLE_DEVICES="
-            )
-        if gpus and self.local_rank >= gpus:
-            raise UserError(
-                f"LOCAL_RANK={self.local_rank}: "
-                f"this node has {gpus} GPUs; lower torchrun's --nproc_per_node"
-            )
-        self.device = torch.device("cuda", self.local_rank) if gpus else torch.device("cpu")
+        rank, local_rank = environ.get("RANK", 0), environ.get("LOCAL_RANK", 0)
+        size = environ.get("WORLD_SIZE", 1)
+        place = f"RANK={rank} LOCAL_RANK={local_rank} WORLD_SIZE={size}"
+        with blaming(place, "is no rank's place; use torchrun, or unset them"):
+            self.rank, self.local_rank, self.size = int(rank), int(local_rank), int(size)
+            if not 0 <= self.local_rank <= self.rank < self.size:
+                raise ValueError("a rank is below WORLD_SIZE")
+        self.device = torch.device("cpu")
+        if torch.cuda.device_count():
+            self.device = torch.device("cuda", self.local_rank)
+        with blaming(place, "cannot use its GPU; lower --nproc_per_node, or update the driver"):
+            self.use_device()
 
     def use_device(self):
         """Make the GPU this thread's own; elsewhere nothing."""
@@ -564,34 +508,27 @@ class World:
 
     def start(self):
         """Join the process group (NCCL for CUDA tensors, gloo for others); listen to signals."""
-        self.use_device()
         if self.size > 1:
-            try:
-                self.meet()
-            except (OSError, TypeError, ValueError, RuntimeError) as error:
-                raise UserError(
-                    f"WORLD_SIZE={self.size}: "
-                    f"the ranks cannot meet ({error}); use torchrun, or unset it"
-                ) from None
+            with blaming(f"WORLD_SIZE={self.size}: the ranks cannot meet", "use torchrun"):
+                # the client of the store tries twice
+                store, rank, size = next(dist.rendezvous("env://", timeout=MEETING / 2.5))
+                store.set_timeout(MEETING)
+                backend = dict(cuda="cpu:gloo,cuda:nccl", cpu="gloo")[self.device.type]
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=size, timeout=HANG
+                )
+                dist.all_reduce(torch.zeros(1, device=self.device))  # NCCL starts now, not later
+
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.receive)
 
-    def meet(self):
-        backend = dict(cuda="cpu:gloo,cuda:nccl", cpu="gloo")[self.device.type]
-        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
-        store.set_timeout(MEETING)
-        facts = dict(store=store, rank=rank, world_size=size, timeout=HANG)
-        dist.init_process_group(backend, **facts)
-        dist.all_reduce(torch.zeros(1, device=self.device))  # NCCL starts now, not in step 1
-
     def receive(self, number, frame):
         """Note a signal; the loop looks at it once a step. Alone, a second one stops at once."""
-        if time.monotonic() - self.signalled > 2:  # sooner, it is torchrun that repeats the first
-            os._exit(128 + number)
-        self.signal, self.signalled = number, min(self.signalled, time.monotonic())
-        if self.size == 1 and number != signal.SIGHUP:  # a closed terminal may hang up twice
-            signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+        if self.alone:  # torchrun repeats signals; a closed terminal may hang up twice
+            for again in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(again, signal.SIG_DFL)
 
     def heed(self):
         """Interrupted, if a signal has come to this rank. Called where the state is whole."""
@@ -606,8 +543,7 @@ class World:
         except RuntimeError as error:
             self.heed()
             raise UserError(
-                f"rank {self.rank}: "
-                f"lost touch with another rank ({str(error)[:200]}); the same command resumes"
+                f"rank {self.rank}: lost touch with another rank ({error}); the same command resumes"
             ) from None
 
     def time_and_signal(self, seconds):
@@ -643,7 +579,7 @@ class World:
     def average(self, tensors):
         """Mean over ranks of many tensors, in place, in one message."""
         if self.size > 1:
-            flat = self.sum(nn.utils.parameters_to_vector(tensors)).div_(self.size)
+            flat = self.sum(nn.utils.parameters_to_vector(tensors)) / self.size
             nn.utils.vector_to_parameters(flat, tensors)
 
     def progress(self, what, done, total):
@@ -673,14 +609,12 @@ class World:
 
     def compute_dtype(self, s):
         """COMPUTE_DTYPE; auto is bf16 where the chip multiplies it fast, else float32."""
-        fast = False
-        if self.device.type == "cuda":
+        fast = s.compute_dtype == "bf16"
+        if s.compute_dtype == "auto" and self.device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        elif hasattr(torch.cpu, "get_capabilities"):  # not in every torch
-            chip = torch.cpu.get_capabilities()
-            fast = chip.get("amx_bf16") or chip.get("avx512_bf16")
-        auto = torch.bfloat16 if fast else torch.float32
-        return dict(auto=auto, bf16=torch.bfloat16, fp32=torch.float32)[s.compute_dtype]
+        elif s.compute_dtype == "auto" and hasattr(torch.cpu, "get_capabilities"):
+            fast = torch.cpu.get_capabilities().get("avx512_bf16")
+        return torch.bfloat16 if fast else torch.float32
 
     def compiled(self, function, s):
         """The function compiled, where COMPILE says so, as one graph of static shapes."""
@@ -809,7 +743,7 @@ class Shards:
 def micro_batch_sequences(s, world):
     """Sequences of a forward pass: the largest divisor of a rank's share in MICRO_BATCH_TOKENS."""
     n, T = s.train_batch_tokens, s.train_seq_len
-    share, rest = divmod(n // T, world.size)
+    share, rest = divmod(n, world.size * T)
     if rest:
         raise s.wrong(
             "TRAIN_BATCH_TOKENS",
@@ -1552,8 +1486,8 @@ VARIANTS = {
 
 def head_class(s):
     """The class of HEAD_TYPE, or of its HEAD_VARIANT; UserError where there is none."""
-    source, _ = s.given.get("HEAD_TYPE", ("HEAD_TYPE", ""))
-    check_choice(source, s.head_type, HEADS)
+    if s.head_type not in HEADS:
+        raise s.wrong("HEAD_TYPE", f"be one of {', '.join(HEADS)}")
     if not s.head_variant:
         return HEADS[s.head_type]
     variant = f"{s.head_type}/{s.head_variant}"
@@ -2246,15 +2180,15 @@ def open_artifact(origin, blob):
         expect(settings.keys() <= stored.keys(), "it has settings unknown here")
         for name, value in settings.items():
             stored[name] = parse(name.upper(), as_text(value), name)
+        check(check_head(Hyperparameters(**stored)))
     return Artifact(origin, stored, body[end:])
 
 
 def artifact_weights(artifact):
     """The weights of an artifact by name, float32; UserError for damage."""
     with blaming(artifact.origin, NO_ARTIFACT):
-        s = Hyperparameters(**artifact.stored, mode="eval")
-        check(s)
-        return decode_payload(check_head(s), artifact.payload)
+        s = check_head(Hyperparameters(**artifact.stored))
+        return decode_payload(s, artifact.payload)
 
 
 def count_values(tensors):
@@ -2344,13 +2278,12 @@ def adopt(model, artifact, weights, s):
 
 # ---- Run folder: everything of a run lies in runs/<RUN_ID>/ --------------------------------------
 
-source = functools.cache(
-    Path(__file__).read_bytes
-)  # this script's bytes: they count against the cap
+# this script's bytes: they count against the cap
+source = functools.cache(Path(__file__).read_bytes)
 
 
 class RunLog:
-    """train.log and metrics.jsonl of a run, and the console; silent without a folder."""
+    """train.log and metrics.jsonl of a run, and the console; without a folder the console alone."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -2362,11 +2295,10 @@ class RunLog:
                 with open(path, "a", encoding="utf-8", errors="backslashreplace") as out:
                     out.write(line + "\n")
 
-    def write(self, line, console=True, **metrics):
+    def write(self, line, **metrics):
         """One log line; `metrics`, where given, become one JSON object."""
-        if console and self.folder is not None:
-            with suppress(OSError, ValueError):  # the console may be gone; the log is not
-                print(line, flush=True)
+        with suppress(OSError, ValueError):  # the console may be gone; the log is not
+            print(line, flush=True)
         self.append("train.log", line)
         if metrics:
             self.append("metrics.jsonl", json.dumps(metrics))
@@ -2379,11 +2311,10 @@ class RunLog:
             self.write(f"{name}:{value}")
         self.write(f"hardware: {world.hardware()}; compute dtype {world.compute_dtype(s)}")
         for name, value in s.as_dict().items():
-            self.write(f"{name.upper()}={as_text(value)}", console=False)
+            self.append("train.log", f"{name.upper()}={as_text(value)}")
         self.write(data)
         if world.device.type == "cpu":
-            unused = "ATTN_BACKEND, USE_FA3, FLASH_ATTN_* and SKIP_COMPILE=0"
-            self.write(f"no CUDA: {unused} are accepted and unused")
+            self.write("no CUDA: ATTN_BACKEND, USE_FA3, FLASH_ATTN_*, SKIP_COMPILE=0 are unused")
 
 
 def check_finite(loss, step):
@@ -2391,22 +2322,6 @@ def check_finite(loss, step):
         raise UserError(
             f"step {step}: the loss is {loss}; "
             "lower the learning rates; the last good checkpoint, if any, stays"
-        )
-
-
-def check_same_run(s, then, same_facts):
-    """UserError where a run of this name had other settings, data, source or torch."""
-    remedy = "choose another RUN_ID"
-    for name, value in s.as_dict().items():
-        if SCOPES[name] != "free" and then.get(name, value) != value:
-            raise UserError(
-                f"{name.upper()}={as_text(value)}: "
-                f"RUN_ID={s.run_id} is a run with {name.upper()}={as_text(then[name])}; {remedy}"
-            )
-    if not same_facts:
-        raise UserError(
-            f"RUN_ID={s.run_id}: "
-            f"was run on other data, or with another INIT_FROM, source or torch; {remedy}"
         )
 
 
@@ -2422,37 +2337,44 @@ def claim_folder(s):
             raise UserError(
                 f"RUN_ID={s.run_id}: that run is in progress; wait for it or choose another name"
             ) from None
-        for stale in folder.glob(".*.part"):  # of a run that was killed while it wrote
-            stale.unlink()
         for path in folder.iterdir():
             if path.is_dir():
                 raise UserError(f"{path}: is a folder where a run's files belong; remove it")
+            if path.suffix == ".part":  # of a run that was killed while it wrote
+                path.unlink()
     return folder, lock
 
 
 def earlier_run(folder, s, facts):
-    """A finished run's result and an interrupted one's checkpoint, None where there is none."""
+    """A finished run's result and an interrupted one's checkpoint, None where there is none.
+
+    UserError for a damaged one, or one of other settings, data, source or torch.
+    """
     finished, saved = folder / "submission.json", folder / "checkpoint.pt"
+    result = checkpoint = None
+    then = {}
     if finished.exists():
         with blaming(finished, "is damaged, delete it"):
             result = json.loads(finished.read_text())
-            then, data = result["settings"], (result["data_sha256"], result["init_sha256"])
-            figures = result["val_bpb"] + result["bytes_total"] + then["seed"]
+            data, start = result["data_sha256"], result["init_sha256"]
+            then = dict(result["settings"], data_sha256=data, init_sha256=start)
+            figures = result["val_bpb"] + result["bytes_total"]
             expect(math.isfinite(figures), "a figure is no number")
-        check_same_run(s, then, data == (facts["data_sha256"], facts["init_sha256"]))
-        return result, None
-
-    if saved.exists():
+    elif saved.exists():
         with blaming(saved, "is damaged, delete it"):
             with zipfile.ZipFile(saved) as archive:  # torch does not look at its checksums
                 expect(archive.testzip() is None, "checksum mismatch")
             checkpoint = torch.load(saved, map_location="cpu", weights_only=True)
-            then, facts_then = checkpoint["settings"], checkpoint["facts"]
+            then = {**checkpoint["settings"], **checkpoint["facts"]}
             numbers = checkpoint["seconds"] + checkpoint["grid"] + checkpoint["validated"]
             expect(math.isfinite(numbers), "a number is none")
-        check_same_run(s, then, facts_then == facts)
-        return None, checkpoint
-    return None, None
+
+    now = {**s.as_dict(), **facts}
+    for name, value in now.items():
+        if SCOPES.get(name) != "free" and then.get(name, value) != value:
+            earlier = f"was run with {name.upper()}={as_text(then[name])}, not {as_text(value)}"
+            raise UserError(f"RUN_ID={s.run_id}: {earlier}; choose another RUN_ID")
+    return result, checkpoint
 
 
 # ---- Train: the loop reads like the algorithm ----------------------------------------------------
@@ -2874,7 +2796,8 @@ def run_eval(s, world, artifact):
     """MODE=eval: score an artifact, by its own settings where nothing else is said."""
     s, _ = choose_attention(prepare_demo(s, world), world)
     validation = load_validation(s, world)  # first: a strange vocabulary costs no memory
-    weights, stride = artifact_weights(artifact), s.eval_stride or s.train_seq_len
+    weights, T = artifact_weights(artifact), s.train_seq_len
+    stride = min(s.eval_stride or T, T)
     figures = score("artifact", weights, validation, stride, s, world, RunLog(None))
     print(final_lines(artifact.stored["compress_algo"], *figures))
     if s.eval_spectrum:
@@ -3220,52 +3143,41 @@ def run(environ, world):
             artifact = read_artifact(name, environ[name], world)
             stored = artifact.stored
     s = check_head(from_env(environ, stored))
-    if s.mode == "eval" and artifact is None:
-        raise s.wrong("ARTIFACT", "name an artifact to read")
     modes = dict(train=run_train, eval=run_eval, table=run_table, bench=bench)
     code = modes[s.mode](s, world, artifact)
     if s.mode != "train":  # what the others say is nowhere else
-        sys.stdout.flush()
+        print(end="", flush=True)
     return code
 
 
-def report(error, world):
-    """Exit code and, from rank 0, one line for what ended the program; a defect is raised again."""
-    words = in_words(error)
-    if words is None:
-        raise error
-    number = error.args[0] if isinstance(error, Interrupted) else 0
-    first = world is None or world.rank == 0
-    if not first:
-        number = number or world.signal
-        time.sleep(0 if number else 10)  # rank 0 speaks, saves and ends first
-    if number:
-        return 128 + number
-    with suppress(OSError, ValueError, AttributeError):  # a full, closed or missing stderr
-        if first:
-            print(f"error: {words}", file=sys.stderr, flush=True)
-    return 2
-
-
 def main():
-    """Run the chosen mode; its exit code, 2 for a user's mistake."""
+    """Run the chosen mode; its exit code. A user's mistake is one line, from rank 0, and code 2."""
     world = None
     try:
         world = World(os.environ)
-        if world.rank or sys.stdout is None:  # rank 0 speaks for all
+        if world.rank > 0:  # rank 0 speaks for all
             sys.stdout = open(os.devnull, "w")
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-            sys.stdout.reconfigure(errors="backslashreplace")
+
         code = run(os.environ, world)
         if world.size > 1:
             dist.destroy_process_group()
         return code
+    except Interrupted as interruption:
+        return 128 + interruption.args[0]
     except Exception as error:
-        return report(error, world)
+        words = in_words(error)
+        if words is None:  # a defect, which shows its traceback
+            raise
+        if world is None or world.rank == 0:
+            with suppress(OSError, ValueError):  # a full or closed stderr
+                print(f"error: {words}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(10)  # rank 0 speaks, saves and ends first
+        return 2
 
 
 if __name__ == "__main__":
     exit_code = main()
     with suppress(OSError):
-        sys.stdout.flush()
+        print(end="", flush=True)
     os._exit(exit_code)  # a process group that lost a rank would abort in Python's own teardown

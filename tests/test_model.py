@@ -35,6 +35,7 @@ SWITCHES = [
     dict(bigram_at="input"),
     dict(skip_gates=True),
     dict(loop_layers="1,2"),
+    dict(loop_layers="0,2"),
     dict(loop_layers="0,1,2,3", skip_gates=True),
     dict(parallel_from=2),
     dict(  # as in PRESET=best
