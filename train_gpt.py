@@ -691,8 +691,8 @@ class World:
 
 # ---- Data: shards, the batch stream, the demo corpus ---------------------------------------------
 
-SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
-HEADER_BYTES = 4 * HEADER_INTS
+SHARD_FORMAT = [20240520, 1]  # magic number, version
+HEADER_BYTES = 1024
 BOS_ID = 1  # stands before every document
 
 
@@ -715,28 +715,24 @@ def count_tokens(path):
 
     A shard is 256 little-endian int32 (magic, version, count, zeros), then uint16 tokens.
     """
-    with blaming(f"{path}: cannot be read"):
-        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
-    if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise UserError(
-            f"{path}: "
-            f"is no token shard of version {SHARD_VERSION} (wrong header); export the data again"
-        )
-    count = int(header[2])
-    promised = HEADER_BYTES + 2 * count
-    if count < 1 or size != promised:
-        raise UserError(
-            f"{path}: "
-            f"has {size} bytes, its header promises {promised}; it is truncated, fetch it again"
-        )
+    header, size = np.fromfile(path, dtype="<i4", count=3), path.stat().st_size
+    count, rest = divmod(size - HEADER_BYTES, 2)
+    if count < 1 or rest or header.tolist() != [*SHARD_FORMAT, count]:
+        raise UserError(f"{path}: is truncated, or no token shard of version 1; fetch it again")
     return count
 
 
 def write_shard(path, tokens):
     """The counterpart of count_tokens and Shards.read."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = *SHARD_FORMAT, len(tokens)
     write_whole(path, header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+@functools.lru_cache(1)
+def order_of_pass(number, count, seed):
+    """The permutation of `count` sequences in one pass over the data."""
+    return np.random.default_rng([seed, number]).permutation(count)
 
 
 class Shards:
@@ -746,75 +742,53 @@ class Shards:
         self.variable, self.vocab_size = f"DATA_PATH={folder}", vocab_size
         with blaming(self.variable):
             os.listdir(folder)  # glob says nothing where there is no folder, or no right to read it
-        self.paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+        name = f"fineweb_{split}_*.bin"
+        self.paths = sorted(Path(folder).glob(name))
         if not self.paths:
-            raise UserError(
-                f"{self.variable}: "
-                f"holds no fineweb_{split}_*.bin shard; see README, or use DATA_PATH=demo"
-            )
-        self.counts = list(map(count_tokens, self.paths))
-        self.starts = np.cumsum([0, *self.counts])
-        self.shuffled_pass, self.permutation = -1, None
+            raise UserError(f"{self.variable}: holds no {name}; see README, or use DATA_PATH=demo")
+        self.starts = np.cumsum([0, *map(count_tokens, self.paths)])
 
     def __len__(self):
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     def take(self, start, count):
         """Tokens start .. start + count - 1 (int64), wrapping; UserError for a bad id."""
-        chunks = []
-        while count > 0:
-            start %= len(self)
-            shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-            first = start - int(self.starts[shard])
-            chunks.append(self.read(shard, first, min(count, self.counts[shard] - first)))
-            start, count = start + len(chunks[-1]), count - len(chunks[-1])
-        return np.concatenate(chunks).astype(np.int64)
+        tokens = np.empty(0, dtype=np.int64)
+        while len(tokens) < count:
+            place = (start + len(tokens)) % len(self)
+            shard = np.searchsorted(self.starts, place, side="right") - 1
+            first, end = self.starts[shard : shard + 2]
+            most = min(count - len(tokens), end - place)
+            tokens = np.append(tokens, self.read(self.paths[shard], place - first, most))
+        return tokens
 
-    def read(self, shard, first, count):
-        path = self.paths[shard]
+    def read(self, path, first, count):
         with blaming(f"{self.variable}: {path.name} cannot be read"):
             tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES + 2 * first)
         if len(tokens) < count:
             raise UserError(f"{path}: has become shorter; leave the data alone while a run uses it")
         if tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"{path}: "
-                f"holds token id {tokens.max()}, but VOCAB_SIZE={self.vocab_size};"
-                " use the tokenizer of the data"
-            )
+            fault = f"token id {tokens.max()} is outside VOCAB_SIZE={self.vocab_size}"
+            raise UserError(f"{path}: {fault}; use the tokenizer of the data")
         return tokens
 
-    def shuffled(self, sequence, T, seed):
-        """The place in file order of a sequence of T tokens of the endless shuffled stream.
-
-        Each pass over the data has a permutation of its own.
-        """
-        count = (len(self) - 1) // T
-        if count == 0:
-            raise UserError(f"{self.variable}: has not one whole sequence of {T} tokens")
-        whole_pass, place = divmod(sequence, count)
-        if self.shuffled_pass != whole_pass:
-            self.permutation = np.random.default_rng([seed, whole_pass]).permutation(count)
-            self.shuffled_pass = whole_pass
-        return int(self.permutation[place])
+    def shuffled(self, place, T, seed):
+        """The place in file order of a sequence of T tokens of the endless shuffled stream."""
+        count = max(1, (len(self) - 1) // T)
+        number, place = divmod(place, count)
+        return order_of_pass(number, count, seed)[place]
 
     def fingerprint(self, val_N):
-        """SHA-256 that tells data apart: this split's length and ends, all validation tokens."""
-        digest = hashlib.sha256(f"{len(self)} ".encode())
-        digest.update(self.take(len(self) - 32768, 65536).tobytes())
-        digest.update(val_N.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 that tells data apart: of this split's length, all validation tokens."""
+        return hashlib.sha256(np.append(val_N.cpu(), len(self))).hexdigest()
 
 
 def micro_batch_sequences(s, world):
     """Sequences of a forward pass: the largest divisor of a rank's share in MICRO_BATCH_TOKENS."""
-    n, T = s.train_batch_tokens, s.train_seq_len
-    share, rest = divmod(n // T, world.size)
+    T, size = s.train_seq_len, world.size
+    share, rest = divmod(s.train_batch_tokens, size * T)
     if rest:
-        raise s.wrong(
-            "TRAIN_BATCH_TOKENS",
-            f"be a multiple of {world.size * T}, whole sequences for {world.size} ranks",
-        )
+        raise s.wrong("TRAIN_BATCH_TOKENS", f"be a multiple of {size * T}, for {size} ranks")
     default = dict(cuda=131072, cpu=4096)[world.device.type]
     B = max(1, min(share, (s.micro_batch_tokens or default) // T))
     while share % B:
@@ -823,15 +797,15 @@ def micro_batch_sequences(s, world):
 
 
 def train_batch(shards, step, s, world):
-    """This rank's micro-batches (x_BT, y_BT) of a step.
+    """This rank's micro-batches (x_BT, y_BT) of a step, its part of TRAIN_BATCH_TOKENS.
 
-    Step s trains on the targets s n + 1 .. (s + 1) n of the shards, for any number of ranks.
+    A sequence is T tokens and the one behind. In file order, or with SHUFFLE in each pass's own.
     """
-    T, count = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
-    share = range(count)[world.rank * count // world.size : (world.rank + 1) * count // world.size]
+    T = s.train_seq_len
+    share = s.train_batch_tokens // T // world.size
+    first = (step * world.size + world.rank) * share
     rows = []
-    for sequence in share:
-        place = step * count + sequence
+    for place in range(first, first + share):
         if s.shuffle:
             place = shards.shuffled(place, T, s.seed)
         rows.append(shards.take(place * T, T + 1))
@@ -842,90 +816,70 @@ def train_batch(shards, step, s, world):
     return [(part[:, :-1], part[:, 1:]) for part in tokens.split(B)]
 
 
-def docstrings(path):
-    """All docstrings of a module."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = ast.walk(ast.parse(path.read_bytes()))
-    texts = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
-    return "\n".join(filter(None, texts))
-
-
 def demo_documents():
-    """English text that every Python has: the topics of `help()` and the library's docstrings."""
-    from pydoc_data.topics import topics
-
-    documents, library = list(topics.values()), Path(os.__file__).parent
-    skipped = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
-    for path in library.rglob("*.py"):
-        if skipped.isdisjoint(path.relative_to(library).parts):
-            with suppress(SyntaxError, ValueError, OSError):
-                documents.append(docstrings(path))
-    documents = [text for text in documents if len(text) > 200]
+    """English text that every Python has: the long strings of its library, mostly documentation."""
+    library, documents = Path(os.__file__).parent, set()
+    for name in glob.glob("**/*.py", root_dir=library, recursive=True):
+        if re.search("test|encodings|config|custom|packages", name):  # no prose, or not its own
+            continue
+        for node in ast.walk(ast.parse((library / name).read_bytes())):
+            text = getattr(node, "value", None)
+            if isinstance(text, str) and 100 < len(text) < 20_000:
+                documents.add(" ".join(text.split()))
     return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())  # mixed
 
 
 def train_tokenizer(texts, vocab_size):
     """A SentencePiece BPE model with byte fallback; UserError if the text is too short for it."""
-    model, lines = io.BytesIO(), filter(str.strip, "\n".join(texts).splitlines())
-    try:
+    model = io.BytesIO()
+    with blaming(f"VOCAB_SIZE={vocab_size}", "does not suit the demo's text, use 1024"):
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=iter(texts),
+            max_sentence_length=1_000_000,
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
             byte_fallback=True,
             character_coverage=0.999,
             add_dummy_prefix=False,
-            # as in the challenge's tokenizer
+            # as in the challenge's tokenizer; 2 ends a text
             pad_id=0,
             bos_id=BOS_ID,
-            eos_id=2,
             unk_id=3,
             num_threads=1,
             minloglevel=2,
         )
-    except RuntimeError:
-        raise UserError(
-            f"VOCAB_SIZE={vocab_size}: the demo's text does not fit that many tokens; use 1024"
-        ) from None
     return model.getvalue()
 
 
 def build_demo(folder, vocab_size):
-    """Write train, val and test shards and a tokenizer to `folder`, once, under a lock."""
+    """Write train, val and test shards and a tokenizer to `folder`, unless they are there.
+
+    Without a lock: who builds at the same time writes the same bytes, each file whole.
+    """
     finished = folder / "tokenizer.model"  # written last
     if finished.exists():  # perhaps another user's
         return
-    with blaming(f"{folder}: cannot be written"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock").acquire()
-    with lock:
-        if finished.exists():
-            return
-
-        # every 25th document is for validation, the one after it for test
-        splits = dict(val=[], test=[], train=[])
-        for i, text in enumerate(demo_documents()):
-            split = {0: "val", 1: "test"}.get(i % 25, "train")
-            splits[split].append(text)
-        model = train_tokenizer(splits["train"], vocab_size)
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        for split, texts in splits.items():
-            tokens = np.concatenate(processor.encode(texts, add_bos=True))
-            write_shard(folder / f"fineweb_{split}_000000.bin", tokens)
-        write_whole(finished, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = demo_documents()
+    splits = dict(val=texts[:200], test=texts[200:400], train=texts[400:])
+    model = train_tokenizer(splits["train"], vocab_size)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for split, documents in splits.items():
+        tokens = np.concatenate(processor.encode(documents, add_bos=True))
+        write_shard(folder / f"fineweb_{split}_000000.bin", tokens)
+    write_whole(finished, model)
 
 
 def prepare_demo(s, world):
     """Settings with DATA_PATH=demo replaced by the cached corpus; a rank of each node builds it."""
     if s.data_path != "demo":
         return s
-    folder = Path("data", "demo" if s.vocab_size == 1024 else f"demo-{s.vocab_size}")
+    folder = Path("data", f"demo-{s.vocab_size}")
     if world.local_rank == 0:
         build_demo(folder, s.vocab_size)
     world.sum(torch.zeros(1))  # all wait for all
-    tokenizer = str(folder / "tokenizer.model")
-    return replace(s, data_path=str(folder), tokenizer_path=tokenizer)
+    return replace(s, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
 
 
 # ---- Byte counts: how many UTF-8 bytes of text each token stands for -----------------------------
@@ -933,17 +887,13 @@ def prepare_demo(s, world):
 
 def load_tokenizer(path, vocab_size):
     """UserError, naming the variable, for a file that is missing, no model, or of another size."""
-    with blaming(f"TOKENIZER_PATH={path}"):
-        model = path.read_bytes()
-    try:
+    with blaming(f"TOKENIZER_PATH={path}", "is no SentencePiece model"):
         # an empty file would make the library speak for itself
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"?")
-    except (RuntimeError, ValueError, TypeError):  # whatever it raises for a damaged model
-        raise UserError(f"TOKENIZER_PATH={path}: is no SentencePiece model") from None
-    if processor.vocab_size() != vocab_size:
-        raise UserError(
-            f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {processor.vocab_size()} tokens"
-        )
+        model = path.read_bytes() or b"?"
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    size = processor.vocab_size()
+    if size != vocab_size:
+        raise UserError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {size} tokens")
     return processor
 
 
@@ -953,24 +903,17 @@ def load_byte_counts(path, vocab_size, device):
     They add up to a document's decoded text. SentencePiece drops the leading space of a text, so a
     token counts less after a control token.
     """
-    processor = load_tokenizer(path, vocab_size)
-    ids = range(vocab_size)
-    control = [processor.is_control(i) or processor.is_unused(i) for i in ids]
+    processor, ids = load_tokenizer(path, vocab_size), list(range(vocab_size))
 
     def sizes(before):
+        """The bytes that each token adds behind these."""
         start = len(processor.decode(before).encode())
-        counts = []
-        for i in ids:
-            text = processor.decode([*before, i])
-            counts.append(len(text.encode()) - start)
-            if processor.is_byte(i):
-                counts[-1] = 1
-            if control[i]:
-                counts[-1] = 0
-        return counts
+        texts = processor.decode([[*before, i] for i in ids])
+        return [len(text.encode()) - start for text in texts]
 
     inside_or_first_2V = torch.tensor([sizes(processor.encode("a")), sizes([])], device=device)
-    control_V = torch.tensor(control, device=device).long()
+    inside_or_first_2V[:, torch.tensor(processor.is_byte(ids))] = 1
+    control_V = torch.tensor(processor.is_control(ids), device=device).long()
     return lambda before, token: inside_or_first_2V[control_V[before], token]
 
 
@@ -978,7 +921,7 @@ def unigram_bpb(train, val_N, byte_counts):
     """Bits per byte of the training text's add-one unigram frequencies: any model must beat it."""
     start = train.take(0, min(len(train), 10_000_000))
     seen = np.bincount(start, minlength=train.vocab_size) + 1
-    bits = -np.log2(seen / seen.sum())[val_N[1:].cpu()].sum()
+    bits = np.log2(seen.sum() / seen)[val_N[1:].cpu()].sum()
     return bits / byte_counts(val_N[:-1], val_N[1:]).sum().item()
 
 
@@ -1043,13 +986,13 @@ class Rotary(Module):
         stretch = max(1.0, T / 1024) ** (r / (r - 2)) if s.use_ntk_rope else 1.0
         frequency = (10000.0 * stretch) ** (-torch.arange(0, r, 2) / r)
         angle_T1C = torch.outer(torch.arange(T).float(), frequency)[:, None]
-        self.register_buffer("cos_T1C", angle_T1C.cos(), persistent=False)
-        self.register_buffer("sin_T1C", angle_T1C.sin(), persistent=False)
+        cos_sin_2T1C = torch.stack((angle_T1C.cos(), angle_T1C.sin()))
+        self.register_buffer("cos_sin_2T1C", cos_sin_2T1C, persistent=False)
 
     def forward(self, x_BTHC):
-        T, half = x_BTHC.size(1), self.cos_T1C.size(-1)
-        cos, sin = self.cos_T1C[:T].to(x_BTHC.dtype), self.sin_T1C[:T].to(x_BTHC.dtype)
-        a, b, rest = x_BTHC.split([half, half, x_BTHC.size(-1) - 2 * half], dim=-1)
+        cos, sin = self.cos_sin_2T1C[:, : x_BTHC.size(1)].to(x_BTHC.dtype)
+        half = cos.size(-1)
+        a, b, rest = x_BTHC.tensor_split((half, 2 * half), dim=-1)
         return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
@@ -1065,12 +1008,10 @@ def attend(q_BTHC, k_BTGC, v_BTGC, window=0, fa3=False):
         y = flash_attn_func(q_BTHC, k_BTGC, v_BTGC, causal=True, window_size=(window - 1, 0))
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BTGC, v_BTGC))
-    mask = None
+    mask, T = None, q.size(2)
     if window:
-        place_T = torch.arange(q.size(2), device=q.device)
-        distance_TT = place_T[:, None] - place_T
-        mask = (distance_TT >= 0) & (distance_TT < window)
-    options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    options = dict(attn_mask=mask, is_causal=not window, enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
@@ -1081,24 +1022,25 @@ def choose_attention(s, world):
     """
     if world.device.type == "cpu":
         return s, "PyTorch's on the CPU"
-    wanted = KERNELS if s.attn_backend == "auto" else [s.attn_backend]
-    for name in wanted:
+    for name in KERNELS if s.attn_backend == "auto" else [s.attn_backend]:
+        chosen = replace(s, attn_backend=name)
         try:
-            try_attention(name, s, world)
-            version = dict(cudnn=torch.backends.cudnn.version()).get(name, torch.__version__)
-            return replace(s, attn_backend=name), f"{name} {version}"
-        except (AttributeError, ImportError, RuntimeError, ValueError) as error:
+            try_attention(chosen, world)
+            cudnn = torch.backends.cudnn.version()
+            return chosen, f"{name} (torch {torch.__version__}, cuDNN {cudnn})"
+        except Exception as error:  # whatever keeps a kernel from running
             fault = str(error)[:200]
     remedy = "fa3 needs an H100, its package, and torch.nn.attention.activate_flash_attention_impl"
     raise s.wrong("ATTN_BACKEND", f"run here, but does not ({fault}); {remedy}")
 
 
-def try_attention(name, s, world):
-    """Enable this kernel alone, and run it once."""
-    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
-    torch.backends.cuda.enable_flash_sdp(name in ("fa3", "flash"))
-    torch.backends.cuda.enable_mem_efficient_sdp(name == "efficient")
-    torch.backends.cuda.enable_math_sdp(name == "math" or s.attn_window > 0)  # windows are masks
+def try_attention(s, world):
+    """Enable the kernel of ATTN_BACKEND alone, and run it once, forward and backward."""
+    name, cuda = s.attn_backend, torch.backends.cuda
+    cuda.enable_cudnn_sdp(name == "cudnn")
+    cuda.enable_flash_sdp(name in ("fa3", "flash"))
+    cuda.enable_mem_efficient_sdp(name == "efficient")
+    cuda.enable_math_sdp(name == "math" or s.attn_window > 0)  # windows are masks
     if name == "fa3":
         if torch.cuda.get_device_capability(world.device)[0] != 9:
             raise RuntimeError("no GPU of compute capability 9")
@@ -1119,32 +1061,33 @@ class Attention(Module):
 
     def __init__(self, s, layer, rotary):
         super().__init__()
-        D, self.H, self.G = s.model_dim, s.num_heads, s.num_kv_heads
-        self.C = D // self.H
-        self.q = Linear(s, D, self.H * self.C)
+        D, H, self.G = s.model_dim, s.num_heads, s.num_kv_heads
+        self.C = D // H
+        self.q = Linear(s, D, D)
         self.k = Linear(s, D, self.G * self.C)
         self.v = Linear(s, D, self.G * self.C)
         self.out = Linear(s, D, D, residual=True)
-        self.q_gain = nn.Parameter(torch.full((self.H,), s.qk_gain_init))
+        self.q_gain = nn.Parameter(torch.full((H,), s.qk_gain_init))
         self.rotary, self.fa3 = rotary, s.attn_backend == "fa3"
         self.exclusive = layer >= s.num_layers - s.xsa_last_n
         self.window = s.attn_window if layer < s.attn_window_layers else 0
 
     def forward(self, x_BTD, value, scale_D):
         """`value` is added to the values; `scale_D` multiplies the output."""
-        B, T, D = x_BTD.shape
-        gain_H1 = self.q_gain.to(x_BTD.dtype)[:, None]
-        q_BTHC = self.rotary(norm(self.q(x_BTD).view(B, T, self.H, self.C))) * gain_H1
-        k_BTGC = self.rotary(norm(self.k(x_BTD).view(B, T, self.G, self.C)))
-        v_BTE = self.v(x_BTD) if value is None else self.v(x_BTD) + value
-        v_BTGC = v_BTE.view(B, T, self.G, self.C)
+        by_head, gain_H1 = (-1, self.C), self.q_gain.to(x_BTD.dtype)[:, None]
+        q_BTHC = self.rotary(norm(self.q(x_BTD).unflatten(-1, by_head))) * gain_H1
+        k_BTGC = self.rotary(norm(self.k(x_BTD).unflatten(-1, by_head)))
+        v = self.v(x_BTD)
+        if value is not None:
+            v = v + value
+        v_BTGC = v.unflatten(-1, by_head)
 
         y = attend(q_BTHC, k_BTGC, v_BTGC, self.window, self.fa3)
         if self.exclusive:  # a value head is shared by H / G query heads
-            y, v = y.reshape(B, T, self.G, -1, self.C), v_BTGC.unsqueeze(3)
+            y, v = y.unflatten(2, (self.G, -1)), v_BTGC.unsqueeze(3)
             dot, square = (y * v).sum(-1, keepdim=True), v.square().sum(-1, keepdim=True)
             y = y - dot / (square + NORM_EPS) * v
-        return self.out(y.reshape(B, T, D), scale_D)
+        return self.out(y.flatten(2), scale_D)
 
 
 class MLP(Module):
@@ -1605,13 +1548,11 @@ class GPT(Module):
     def __init__(self, s, compute_dtype=None):
         super().__init__()
         L, D = s.num_layers, s.model_dim
-        self.compute_dtype = compute_dtype
+        self.settings, self.compute_dtype = s, compute_dtype
         self.tok_emb = Table(s.vocab_size, D)
         nn.init.normal_(self.tok_emb.weight, std=s.tied_embed_init_std)
 
-        # parts that a setting leaves out
-        self.smear = self.bigram = self.value_embed = None
-        self.skip_weights = self.skip_gates = self.lane_share = None
+        # what a setting leaves out is not there
         if s.smear_gate:
             self.smear = SmearGate(s)
         if s.bigram_hash:
@@ -1620,8 +1561,7 @@ class GPT(Module):
         # the blocks, their order, and what leads past them
         rotary = Rotary(s)
         self.blocks = nn.ModuleList(Block(s, layer, rotary) for layer in range(L))
-        self.layers, self.looped, self.parallel_from = layer_order(s), True, s.parallel_from
-        self.bigram_at_input = s.bigram_hash and s.bigram_at == "input"
+        self.layers, self.looped = layer_order(s), True
         if L > 1:
             self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
             if s.skip_gates:
@@ -1638,33 +1578,36 @@ class GPT(Module):
 
     def hidden(self, x_BT):
         """The final normed hidden states h_BTD."""
+        s, L = self.settings, len(self.blocks)
         starts_BT = (x_BT == BOS_ID).index_fill(1, x_BT.new_zeros(1), True)
         dtype = self.compute_dtype or self.tok_emb.weight.dtype
 
         # embeddings: of the token, of the token before, of their pair, and for the values
         x, bigrams, values = self.tok_emb(x_BT).to(dtype), [], {}
-        if self.bigram is not None:
+        if s.bigram_hash:
             bigrams = self.bigram(x_BT, starts_BT, dtype)
-        if self.value_embed is not None:
+        if s.value_embed:
             values = self.value_embed(x_BT, dtype)
-        if self.bigram_at_input:  # as in PR 1435, which norms before the gate
+        bigram_at_input = s.bigram_hash and s.bigram_at == "input"
+        if bigram_at_input:  # as in PR 1435, which norms before the gate
             x = norm(x + bigrams.pop())
-        if self.smear is not None:
+        if s.smear_gate:
             x = self.smear(x, starts_BT)
-        if not self.bigram_at_input:
+        if not bigram_at_input:
             x = norm(x)
         x0 = x
 
-        # the first half of the layers stores skips, the second takes them back, last one first
-        layers = self.layers if self.looped else range(len(self.blocks))
+        # the first half of the layers stores skips; as many layers as there are weights take them
+        # back, the last one first: a loop stores more
+        layers = self.layers if self.looped else range(L)
         half, skips, lane = len(layers) // 2, [], None
         for place, layer in enumerate(layers):
             block = self.blocks[layer]
-            if place >= half and skips and lane is None:
+            if half <= place < half + L // 2 and lane is None:
                 x = self.skip(x, skips.pop(), place - half)
             if bigrams:
                 x = x + bigrams[layer]
-            if lane is None and layer >= self.parallel_from:
+            if lane is None and layer >= s.parallel_from:
                 lane = x
             x = block.attend(x, x0, values.get(layer))
             if lane is None:
@@ -1678,19 +1621,16 @@ class GPT(Module):
         return norm(x)
 
     def skip(self, x, skipped, index):
-        """The stream with what an early layer has stored. A loop stores more than is taken back."""
-        if index >= len(self.skip_weights):
-            return x
+        """The stream with what an early layer has stored."""
         skipped = self.skip_weights[index].to(x.dtype) * skipped
-        if self.skip_gates is None:
+        if not self.settings.skip_gates:
             return x + skipped
         return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
-    def nll(self, x_BT, y_BT, last=None):
-        """Negative log-likelihoods in nats, of each sequence's last `last` targets (None: all)."""
-        first = 0 if last is None else x_BT.size(1) - last
-        h_ND = self.hidden(x_BT)[:, first:].flatten(0, 1)
-        x_N, y_N = x_BT[:, first:].flatten(), y_BT[:, first:].flatten()
+    def nll(self, x_BT, y_BT, last=MANY):
+        """Negative log-likelihoods in nats, of each sequence's last `last` targets, or of all."""
+        h_ND = self.hidden(x_BT)[:, -last:].flatten(0, 1)
+        x_N, y_N = x_BT[:, -last:].flatten(), y_BT[:, -last:].flatten()
         E_VD = self.tok_emb.weight
         chunk = max(1, MOST_LOGITS // len(E_VD))
         if len(h_ND) <= chunk:
@@ -1708,12 +1648,12 @@ class GPT(Module):
     def parameter_roles(self):
         """The role of every parameter by its name; RuntimeError for one that no module declares."""
         roles = {}
-        for prefix, module in self.named_modules():
-            for name, _ in module.named_parameters(prefix, recurse=False):
-                own = name.rpartition(".")[2]
-                if own not in getattr(module, "roles", {}):
-                    raise RuntimeError(f"parameter {name} has no role: no optimizer would train it")
-                roles[name] = module.roles[own]
+        for name, _ in self.named_parameters():
+            owner, _, own = name.rpartition(".")
+            declared = getattr(self.get_submodule(owner), "roles", {})
+            if own not in declared:
+                raise RuntimeError(f"parameter {name} has no role: no optimizer would train it")
+            roles[name] = declared[own]
         return roles
 
 
@@ -1763,13 +1703,13 @@ ROLES = dict(
 # fmt: on
 
 
-def newton_schulz(G, dtype, steps=5):
+def newton_schulz(G, dtype):
     """Nearly the orthogonal factor of each matrix of a batch (Muon, Jordan et al. 2024)."""
     if G.size(-2) > G.size(-1):
-        return newton_schulz(G.mT, dtype, steps).mT
+        return newton_schulz(G.mT, dtype).mT
     X = G.to(dtype)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X
@@ -1784,14 +1724,14 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups, world, dtype, row_norm=False):
-        super().__init__(groups, dict(momentum=0.95, weight_decay=0.0))
+        super().__init__(groups, dict(momentum=0.95))
         self.world, self.dtype, self.row_norm = world, dtype, row_norm
         for group in self.param_groups:
             params = group["params"]
             self.state[params[0]]["momentum"] = torch.zeros_like(torch.stack(params))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             params, mu = group["params"], group["momentum"]
             gradient = torch.stack([p.grad for p in params])
@@ -1815,11 +1755,10 @@ class Muon(torch.optim.Optimizer):
 def adam_with_state(groups):
     """AdamW whose state is there before the first step: a checkpoint is compared with it."""
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    for p in [p for group in groups for p in group["params"]]:
-        step = torch.zeros((), device=p.device)
-        adam.state[p] = dict(
-            step=step, exp_avg=p.new_zeros(p.shape), exp_avg_sq=p.new_zeros(p.shape)
-        )
+    for group in groups:
+        for p in group["params"]:
+            step, zeros = torch.zeros((), device=p.device), torch.zeros_like(p)
+            adam.state[p] = dict(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
     return adam
 
 
@@ -1828,28 +1767,26 @@ def build_optimizers(model, s, world):
 
     Every group carries its unscaled rate, `base_lr`, and the share of training at which it starts.
     """
-    groups, roles = dict(adam={}, muon={}), model.parameter_roles()
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, p in trainable.items():
-        role = ROLES[roles[name]]
-        key = (roles[name], p.shape if role.optimizer == "muon" else None)
-        if key not in groups[role.optimizer]:
-            # a head knows its own default rates
-            rate = getattr(s, role.learning_rate) or getattr(model.head, role.learning_rate, 0.0)
-            decay = getattr(s, role.weight_decay)
-            if decay < 0:
-                decay = s.adam_wd
-            start = getattr(s, role.start) if role.start else 0.0
-            facts = dict(lr=rate, base_lr=rate, weight_decay=decay, start=start)
-            groups[role.optimizer][key] = dict(params=[], **facts)
-        groups[role.optimizer][key]["params"].append(p)
+    adam, muon, roles = {}, {}, model.parameter_roles()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        role, groups, key = ROLES[roles[name]], adam, roles[name]
+        if role.optimizer == "muon":
+            groups, key = muon, (roles[name], p.shape)
+        rate, decay = getattr(s, role.learning_rate), getattr(s, role.weight_decay)
+        if decay < 0:
+            decay = s.adam_wd
+        start = getattr(s, role.start, 0.0)
+        facts = dict(lr=rate, base_lr=rate, weight_decay=decay, start=start)
+        groups.setdefault(key, dict(params=[], **facts))["params"].append(p)
 
     optimizers = []
-    if groups["adam"]:
-        optimizers.append(adam_with_state([*groups["adam"].values()]))
-    if groups["muon"]:
+    if adam:
+        optimizers.append(adam_with_state([*adam.values()]))
+    if muon:
         dtype = model.compute_dtype or torch.float32
-        optimizers.append(Muon([*groups["muon"].values()], world, dtype, s.muon_row_norm))
+        optimizers.append(Muon([*muon.values()], world, dtype, s.muon_row_norm))
     return optimizers
 
 
@@ -1923,19 +1860,17 @@ def windows(tokens_N, stride, s, world):
     limit = dict(cuda=131072, cpu=16384)[device.type]
     B = max(1, min(s.val_batch_size // world.size, limit) // T)
     starts = torch.arange(0, max(end - 1 - T + stride, 1), stride, device=device)
-    batches = list(starts.split(B))
+    first = B
     if stride < T:  # the first window scores more than the others: it is a batch of its own
-        batches = [starts[:1]]
-        if len(starts) > 1:
-            batches += starts[1:].split(B)
+        first = 1
+    batches = [starts[:first], *filter(len, starts[first:].split(B))]
 
     share = batches[world.rank :: world.size]
     for i, batch in enumerate(share):
         world.heed()
         world.progress("scoring batches of windows", i, len(share))
-        starts_B = F.pad(
-            batch, (0, B - len(batch)), value=end
-        )  # what fills up the batch lies behind
+        # what fills up the batch lies behind all targets
+        starts_B = F.pad(batch, (0, B - len(batch)), value=end)
         index = starts_B[:, None] + torch.arange(T + 1, device=device)
         sequence = tokens_N[index.clamp(max=end - 1)]
         scored = T if batch is batches[0] else stride
@@ -1964,26 +1899,22 @@ def spectrum(model, tokens_N, s):
     In float64 from the hidden states on, each context's mean over V subtracted; by the eigenvalues
     of the V x V Gram matrix.
     """
-    T, head, E_VD = (
-        s.train_seq_len,
-        copy.deepcopy(model.head).double(),
-        model.tok_emb.weight.double(),
-    )
-    sequences = min(math.ceil(65536 / T), len(tokens_N) // T)
-    gram_VV = torch.zeros(s.vocab_size, s.vocab_size, dtype=torch.float64, device=E_VD.device)
-    for x_BT in tokens_N[: sequences * T].view(-1, T).split(8):
-        h_ND = model.hidden(x_BT).flatten(0, 1).double()
-        for h, x in zip(h_ND.split(1024), x_BT.flatten().split(1024)):  # bounds the logits
-            z_NV = head.log_probs(h, x, E_VD)
-            z_NV -= z_NV.mean(dim=-1, keepdim=True)
-            gram_VV.addmm_(z_NV.T, z_NV)
+    head, E_VD = copy.deepcopy(model.head).double(), model.tok_emb.weight.double()
+    T, V = s.train_seq_len, s.vocab_size
+    contexts = min(math.ceil(65536 / T), len(tokens_N) // T) * T
+    gram_VV = E_VD.new_zeros(V, V)
+    for x_T in tokens_N[:contexts].split(T):
+        h_TD = model.hidden(x_T[None])[0].double()
+        z_TV = head.log_probs(h_TD, x_T, E_VD)
+        z_TV -= z_TV.mean(dim=-1, keepdim=True)
+        gram_VV.addmm_(z_TV.T, z_TV)
 
     energy_V = torch.linalg.eigvalsh(gram_VV.cpu()).flip(0).clamp_min(0)
-    share_V = energy_V.cumsum(0) / energy_V.sum()
+    share_V = energy_V / energy_V.sum()
     return dict(
-        contexts=sequences * T,
-        rank_9999=1 + int((share_V < 0.9999).sum()),
-        energy_beyond_model_dim=(energy_V[s.model_dim :].sum() / energy_V.sum()).item(),
+        contexts=contexts,
+        rank_9999=1 + int((share_V.cumsum(0) < 0.9999).sum()),
+        energy_beyond_model_dim=share_V[s.model_dim :].sum().item(),
     )
 
 
