@@ -935,6 +935,12 @@ class Module(nn.Module):
 
     roles = {}
 
+    def add(self, role, **values):
+        """Own parameters of one role by name, with their initial values."""
+        for name, value in values.items():
+            setattr(self, name, nn.Parameter(value))
+            self.roles = {**self.roles, name: role}
+
 
 def norm(x):
     """RMS norm over the last dimension, without a gain."""
@@ -983,8 +989,10 @@ class Rotary(Module):
     def __init__(self, s):
         super().__init__()
         T, r = s.train_seq_len, s.rope_dims or s.model_dim // s.num_heads
-        stretch = max(1.0, T / 1024) ** (r / (r - 2)) if s.use_ntk_rope else 1.0
-        frequency = (10000.0 * stretch) ** (-torch.arange(0, r, 2) / r)
+        base = 10000.0
+        if s.use_ntk_rope:
+            base *= max(1.0, T / 1024) ** (r / (r - 2))
+        frequency = base ** (-torch.arange(0, r, 2) / r)
         angle_T1C = torch.outer(torch.arange(T).float(), frequency)[:, None]
         cos_sin_2T1C = torch.stack((angle_T1C.cos(), angle_T1C.sin()))
         self.register_buffer("cos_sin_2T1C", cos_sin_2T1C, persistent=False)
@@ -1045,10 +1053,9 @@ def try_attention(s, world):
         if torch.cuda.get_device_capability(world.device)[0] != 9:
             raise RuntimeError("no GPU of compute capability 9")
         torch.nn.attention.activate_flash_attention_impl("FA3")
-    shape = (1, 256, s.num_heads, s.model_dim // s.num_heads)
-    q = torch.zeros(shape, device=world.device, dtype=world.compute_dtype(s), requires_grad=True)
-    k = q[:, :, : s.num_kv_heads]
-    attend(q, k, k).sum().backward()
+    attention = Attention(s, 0, Rotary(s)).to(world.device)
+    x_BTD = torch.zeros(1, s.train_seq_len, s.model_dim, device=world.device)
+    attention(x_BTD.to(world.compute_dtype(s)), None, None).sum().backward()
 
 
 class Attention(Module):
@@ -1056,8 +1063,6 @@ class Attention(Module):
 
     In the last XSA_LAST_N layers each token's own value direction goes: y - (y . v) v / |v|^2.
     """
-
-    roles = dict(q_gain="scalar")
 
     def __init__(self, s, layer, rotary):
         super().__init__()
@@ -1067,7 +1072,7 @@ class Attention(Module):
         self.k = Linear(s, D, self.G * self.C)
         self.v = Linear(s, D, self.G * self.C)
         self.out = Linear(s, D, D, residual=True)
-        self.q_gain = nn.Parameter(torch.full((H,), s.qk_gain_init))
+        self.add("scalar", q_gain=torch.full((H,), s.qk_gain_init))
         self.rotary, self.fa3 = rotary, s.attn_backend == "fa3"
         self.exclusive = layer >= s.num_layers - s.xsa_last_n
         self.window = s.attn_window if layer < s.attn_window_layers else 0
@@ -1108,16 +1113,13 @@ class Block(Module):
     """Attention, after a mix with the first stream x0, and MLP: each behind a norm, with a scale
     a channel, added to the stream that it reads."""
 
-    roles = dict(attn_scale="scalar", mlp_scale="scalar", resid_mix="scalar")
-
     def __init__(self, s, layer, rotary):
         super().__init__()
         D = s.model_dim
         self.attn = Attention(s, layer, rotary)
         self.mlp = MLP(s)
-        self.attn_scale = nn.Parameter(torch.ones(D))
-        self.mlp_scale = nn.Parameter(torch.ones(D))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
+        self.add("scalar", attn_scale=torch.ones(D), mlp_scale=torch.ones(D))
+        self.add("scalar", resid_mix=torch.stack((torch.ones(D), torch.zeros(D))))
         self.norm_scale = (layer + 1) ** -0.5 if s.ln_scale else 1.0
 
     def attend(self, x, x0, value):
@@ -1132,11 +1134,9 @@ class Block(Module):
 class SmearGate(Module):
     """(1 - g) x_t + g x_{t-1}, g = sigmoid a channel; nothing crosses into a document."""
 
-    roles = dict(gate="scalar")
-
     def __init__(self, s):
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(s.model_dim))
+        self.add("scalar", gate=torch.zeros(s.model_dim))
 
     def forward(self, x_BTD, starts_BT):
         before = F.pad(x_BTD, (0, 0, 1, -1)).masked_fill(starts_BT[..., None], 0.0)
@@ -1149,15 +1149,13 @@ class BigramHash(Module):
     The last row is for the first token of a sequence or document.
     """
 
-    roles = dict(layer_scale="scalar")
-
     def __init__(self, s):
         super().__init__()
         self.table = Table(s.bigram_vocab_size, s.bigram_dim)
         nn.init.zeros_(self.table.weight)
         self.proj = Linear(s, s.bigram_dim, s.model_dim)
         places = dict(layers=s.num_layers, input=1)[s.bigram_at]
-        self.layer_scale = nn.Parameter(torch.full((places,), 0.05))
+        self.add("scalar", layer_scale=torch.full((places,), 0.05))
 
     def forward(self, x_BT, starts_BT, dtype):
         """What is added, by place."""
@@ -1171,8 +1169,6 @@ class BigramHash(Module):
 class ValueEmbedding(Module):
     """Token embedding added to the attention values of VE_LAYERS, with one scale a layer."""
 
-    roles = dict(scale="scalar", layer_scale="scalar")
-
     def __init__(self, s):
         super().__init__()
         self.layers = value_layers(s)
@@ -1180,8 +1176,7 @@ class ValueEmbedding(Module):
         self.table = Table(s.vocab_size, s.ve_dim)
         nn.init.normal_(self.table.weight, std=0.01)
         self.proj = Linear(s, s.ve_dim, width, residual=True)
-        self.scale = nn.Parameter(torch.tensor(0.1))
-        self.layer_scale = nn.Parameter(torch.ones(len(self.layers)))
+        self.add("scalar", scale=torch.tensor(0.1), layer_scale=torch.ones(len(self.layers)))
 
     def forward(self, x_BT, dtype):
         """By layer, what is added to its values."""
@@ -1204,24 +1199,16 @@ class Head(Module):
     least_rank = 0  # of HEAD_RANK
     head_lr = 0.01  # for HEAD_LR=0
     head_matrix_lr = 0.001  # for HEAD_MATRIX_LR=0
-    embedding_role = "tied"  # of E: "tied" where it makes logits, "table" where it does not
-    products_with_E = 1  # matrix products with E for a token, for its FLOPs
+    products_with_E = 1  # matrix products with E for a token; 0: E makes no logits
 
     def __init__(self, s):
         super().__init__()
         self.softcap = s.logit_softcap
         self.tied_logit_std = s.tied_embed_init_std * s.model_dim**0.5  # of E h at step 0
-        self.roles = {}
         self.build(s, s.model_dim, s.vocab_size, s.head_rank)
 
     def build(self, s, D, V, R):
-        """Declare the head's own parameters with `add`; the tied head has none."""
-
-    def add(self, role, **values):
-        """Parameters by name, with initial values; roles: head_matrix, head_vocab, head_scalar."""
-        for name, value in values.items():
-            setattr(self, name, nn.Parameter(value))
-            self.roles[name] = role
+        """`add` the head's own parameters: head_matrix, head_vocab, head_scalar; tied has none."""
 
     def copy_embedding(self, E_VD):
         """What the head takes over from a new embedding; for most heads nothing."""
@@ -1270,7 +1257,7 @@ class Untied(Head):
     """cap(D h); D starts as a copy of E."""
 
     uses, head_lr = ("head_lr",), 0.004
-    embedding_role, products_with_E = "table", 0
+    products_with_E = 0
 
     def build(self, s, D, V, R):
         self.add("head_vocab", D_VD=torch.zeros(V, D))
@@ -1288,7 +1275,7 @@ class Factorized(Head):
 
     uses = ("head_lr", "head_matrix_lr", "head_rank")
     least_rank = 1
-    embedding_role, products_with_E = "table", 0
+    products_with_E = 0
 
     def build(self, s, D, V, R):
         self.add("head_matrix", A_RD=fan_in_normal(R, D))
@@ -1303,7 +1290,7 @@ class Simplex(Head):
     """cap(g C s), s = M softmax(S h) - 1, a point of the simplex, centred (study A, H6)."""
 
     uses = ("head_dim", "head_lr", "head_matrix_lr")
-    embedding_role, products_with_E = "table", 0
+    products_with_E = 0
 
     def build(self, s, D, V, R):
         M = s.head_dim
@@ -1376,38 +1363,28 @@ class MixtureOfSoftmaxes(Head):
     def build(self, s, D, V, R):
         K = self.products_with_E = s.head_k
         self.add("head_matrix", U_KDR=torch.zeros(K, D, R), V_KRD=fan_in_normal(K, R, D))
-        self.gate_KD = self.gate_bias_K = None  # one component needs no gate
-        if K > 1:
-            self.add("head_scalar", gate_KD=torch.zeros(K, D), gate_bias_K=torch.zeros(K))
+        self.add("head_scalar", gate_KD=torch.zeros(K, D), gate_bias_K=torch.zeros(K))
 
-    def factors(self):
-        return zip(self.U_KDR, self.V_KRD)
-
-    def component_logits(self, h_ND, E_VD, U_DR, V_RD):
-        return self.cap(project(h_ND + project(h_ND, V_RD, U_DR), E_VD))
+    def components(self, h_ND, E_VD):
+        """The logits of one component after the other, NxV."""
+        for U_DR, V_RD in zip(self.U_KDR, self.V_KRD):
+            yield self.cap(project(h_ND + project(h_ND, V_RD, U_DR), E_VD))
 
     def log_pi(self, h_ND):
         """Log mixture weights, NxK."""
-        if self.gate_KD is None:
-            return at_least_fp32(h_ND.new_zeros(h_ND.size(0), 1))
-        gate_NK = at_least_fp32(project(h_ND, self.gate_KD))
-        if self.gate_bias_K is not None:
-            gate_NK = gate_NK + self.gate_bias_K
+        gate_NK = at_least_fp32(project(h_ND, self.gate_KD)) + self.gate_bias_K
         return F.log_softmax(gate_NK, dim=-1)
 
     def nll(self, h_ND, x_N, y_N, E_VD):
         log_p = []
-        for U, V in self.factors():
-            logits_NV = self.component_logits(h_ND, E_VD, U, V)
+        for logits_NV in self.components(h_ND, E_VD):
             log_p.append(-F.cross_entropy(logits_NV, y_N, reduction="none"))
         return -torch.logsumexp(self.log_pi(h_ND) + torch.stack(log_p, dim=-1), dim=-1)
 
     def log_probs(self, h_ND, x_N, E_VD):
-        parts = []
-        for U, V in self.factors():
-            parts.append(F.log_softmax(self.component_logits(h_ND, E_VD, U, V), dim=-1))
+        log_p = [F.log_softmax(logits, dim=-1) for logits in self.components(h_ND, E_VD)]
         log_pi_KN1 = self.log_pi(h_ND).T[..., None]
-        return torch.logsumexp(log_pi_KN1 + torch.stack(parts), dim=0)
+        return torch.logsumexp(log_pi_KN1 + torch.stack(log_p), dim=0)
 
 
 # The heads of both studies as they ran them, to show the cause of their figures: HEAD_VARIANT.
@@ -1439,7 +1416,7 @@ class MixturePR908(Head):
 
     uses = ("head_k", "head_lr", "head_matrix_lr", "head_rank")
     least_rank = 1
-    embedding_role, products_with_E = "table", 0
+    products_with_E = 0
 
     def build(self, s, D, V, R):
         K = s.head_k
@@ -1460,19 +1437,16 @@ class MixturePR266(MixtureOfSoftmaxes):
 
     uses = ("head_k", "head_matrix_lr", "head_rank")
     head_matrix_lr = 0.04  # study B's MATRIX_LR
+    gate_bias_K = 0.0
 
     def build(self, s, D, V, R):
         K = self.products_with_E = s.head_k
-        self.gate_bias_K = None
         self.add("head_matrix", V_RD=0.02 * torch.randn(R, D), U_MR=0.02 * torch.randn(K * D, R))
         self.add("head_scalar", gate_KD=0.02 * torch.randn(K, D))
 
-    def factors(self):
+    def components(self, h_ND, E_VD):
         for U_DR in self.U_MR.chunk(self.products_with_E):
-            yield U_DR, self.V_RD
-
-    def component_logits(self, h_ND, E_VD, U_DR, V_RD):
-        return at_least_fp32(project(h_ND, V_RD, U_DR, E_VD))
+            yield at_least_fp32(project(h_ND, self.V_RD, U_DR, E_VD))
 
 
 HEADS = dict(
@@ -1514,12 +1488,8 @@ def check_head(s):
             raise s.wrong(name, f"be unset: {named} does not use it ({', '.join(users)} does)")
     if s.head_rank < head.least_rank:
         raise s.wrong("HEAD_RANK", f"be at least 1 with {named}")
-    if s.head_type == "tied" and not s.head_trainable:
-        raise s.wrong("HEAD_TRAINABLE", "be 1 where the head has no parameters of its own")
     if s.train_only == "head" and (s.head_type == "tied" or not s.head_trainable):
         raise s.wrong("TRAIN_ONLY", "be all where no head is trained")
-    if s.head_start_frac and (s.train_only == "head" or not s.head_trainable):
-        raise s.wrong("HEAD_START_FRAC", "be 0 where the head is not trained, or alone")
 
     rates = {}
     for name in {"head_lr", "head_matrix_lr"} & set(head.uses):
@@ -1543,8 +1513,6 @@ class GPT(Module):
     `compute_dtype` is that of activations and matrix products; None: the weights' own.
     """
 
-    roles = dict(skip_weights="scalar", skip_gates="scalar", lane_share="scalar")
-
     def __init__(self, s, compute_dtype=None):
         super().__init__()
         L, D = s.num_layers, s.model_dim
@@ -1563,18 +1531,19 @@ class GPT(Module):
         self.blocks = nn.ModuleList(Block(s, layer, rotary) for layer in range(L))
         self.layers, self.looped = layer_order(s), True
         if L > 1:
-            self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
+            self.add("scalar", skip_weights=torch.ones(L // 2, D))
             if s.skip_gates:
-                self.skip_gates = nn.Parameter(torch.zeros(L // 2, D))
+                self.add("scalar", skip_gates=torch.zeros(L // 2, D))
         if s.parallel_from < L:
-            self.lane_share = nn.Parameter(torch.tensor(0.5))
+            self.add("scalar", lane_share=torch.tensor(0.5))
         if s.value_embed:
             self.value_embed = ValueEmbedding(s)
         self.requires_grad_(s.train_only == "all")
 
         self.head = head_class(s)(s).requires_grad_(s.head_trainable)
         self.head.copy_embedding(self.tok_emb.weight)
-        self.tok_emb.roles = dict(weight=self.head.embedding_role)
+        if self.head.products_with_E:
+            self.tok_emb.roles = dict(weight="tied")
 
     def hidden(self, x_BT):
         """The final normed hidden states h_BTD."""
@@ -1632,7 +1601,7 @@ class GPT(Module):
         h_ND = self.hidden(x_BT)[:, -last:].flatten(0, 1)
         x_N, y_N = x_BT[:, -last:].flatten(), y_BT[:, -last:].flatten()
         E_VD = self.tok_emb.weight
-        chunk = max(1, MOST_LOGITS // len(E_VD))
+        chunk = MOST_LOGITS // len(E_VD)
         if len(h_ND) <= chunk:
             return self.head.nll(h_ND, x_N, y_N, E_VD).view(len(x_BT), -1)
 
@@ -1733,7 +1702,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, mu = group["params"], group["momentum"]
+            params, mu, world = group["params"], group["momentum"], self.world
             gradient = torch.stack([p.grad for p in params])
             momentum = self.state[params[0]]["momentum"]
             momentum.mul_(mu).add_(gradient)
@@ -1742,9 +1711,9 @@ class Muon(torch.optim.Optimizer):
             stack = gradient.add_(momentum, alpha=mu).flatten(0, -3)
             if self.row_norm:
                 stack = F.normalize(stack, dim=-1, eps=1e-7)
-            padded = F.pad(stack, (0, 0, 0, 0, 0, -len(stack) % self.world.size))
-            share = padded.chunk(self.world.size)[self.world.rank]
-            update = self.world.gather(newton_schulz(share, self.dtype))[: len(stack)]
+            padded = F.pad(stack, (0, 0, 0, 0, 0, -len(stack) % world.size))
+            share = padded.chunk(world.size)[world.rank]
+            update = world.gather(newton_schulz(share, self.dtype))[: len(stack)]
 
             stretch = max(1.0, update.size(-2) / update.size(-1)) ** 0.5
             updates = update.view_as(gradient).to(params[0].dtype).unbind()
@@ -1757,13 +1726,16 @@ def adam_with_state(groups):
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
     for group in groups:
         for p in group["params"]:
-            step, zeros = torch.zeros((), device=p.device), torch.zeros_like(p)
-            adam.state[p] = dict(step=step, exp_avg=zeros, exp_avg_sq=zeros.clone())
+            adam.state[p] = dict(
+                step=torch.zeros((), device=p.device),
+                exp_avg=torch.zeros_like(p),
+                exp_avg_sq=torch.zeros_like(p),
+            )
     return adam
 
 
 def build_optimizers(model, s, world):
-    """Adam and Muon over all trainable parameters, a group for each role (and for Muon each shape).
+    """Adam and Muon over all trainable parameters, a group for each role and shape.
 
     Every group carries its unscaled rate, `base_lr`, and the share of training at which it starts.
     """
@@ -1771,15 +1743,15 @@ def build_optimizers(model, s, world):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        role, groups, key = ROLES[roles[name]], adam, roles[name]
-        if role.optimizer == "muon":
-            groups, key = muon, (roles[name], p.shape)
+        role = ROLES[roles[name]]
         rate, decay = getattr(s, role.learning_rate), getattr(s, role.weight_decay)
         if decay < 0:
             decay = s.adam_wd
         start = getattr(s, role.start, 0.0)
         facts = dict(lr=rate, base_lr=rate, weight_decay=decay, start=start)
-        groups.setdefault(key, dict(params=[], **facts))["params"].append(p)
+        groups = dict(adam=adam, muon=muon)[role.optimizer]
+        group = groups.setdefault((role, p.shape), dict(params=[], **facts))
+        group["params"].append(p)
 
     optimizers = []
     if adam:
