@@ -625,8 +625,8 @@ class World:
 
 # ---- Data: shards, the batch stream, the demo corpus ---------------------------------------------
 
-SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
-HEADER_BYTES = 4 * HEADER_INTS
+SHARD_FORMAT = [20240520, 1]  # magic number, version
+HEADER_BYTES = 1024
 BOS_ID = 1  # stands before every document
 
 
@@ -649,28 +649,24 @@ def count_tokens(path):
 
     A shard is 256 little-endian int32 (magic, version, count, zeros), then uint16 tokens.
     """
-    with blaming(f"{path}: cannot be read"):
-        header, size = np.fromfile(path, dtype="<i4", count=HEADER_INTS), path.stat().st_size
-    if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise UserError(
-            f"{path}: "
-            f"is no token shard of version {SHARD_VERSION} (wrong header); export the data again"
-        )
-    count = int(header[2])
-    promised = HEADER_BYTES + 2 * count
-    if count < 1 or size != promised:
-        raise UserError(
-            f"{path}: "
-            f"has {size} bytes, its header promises {promised}; it is truncated, fetch it again"
-        )
+    header, size = np.fromfile(path, dtype="<i4", count=3), path.stat().st_size
+    count, rest = divmod(size - HEADER_BYTES, 2)
+    if count < 1 or rest or header.tolist() != [*SHARD_FORMAT, count]:
+        raise UserError(f"{path}: is truncated, or no token shard of version 1; fetch it again")
     return count
 
 
 def write_shard(path, tokens):
     """The counterpart of count_tokens and Shards.read."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = *SHARD_FORMAT, len(tokens)
     write_whole(path, header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+
+
+@functools.lru_cache(1)
+def order_of_pass(number, count, seed):
+    """The permutation of `count` sequences in one pass over the data."""
+    return np.random.default_rng([seed, number]).permutation(count)
 
 
 class Shards:
@@ -680,75 +676,53 @@ class Shards:
         self.variable, self.vocab_size = f"DATA_PATH={folder}", vocab_size
         with blaming(self.variable):
             os.listdir(folder)  # glob says nothing where there is no folder, or no right to read it
-        self.paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+        name = f"fineweb_{split}_*.bin"
+        self.paths = sorted(Path(folder).glob(name))
         if not self.paths:
-            raise UserError(
-                f"{self.variable}: "
-                f"holds no fineweb_{split}_*.bin shard; see README, or use DATA_PATH=demo"
-            )
-        self.counts = list(map(count_tokens, self.paths))
-        self.starts = np.cumsum([0, *self.counts])
-        self.shuffled_pass, self.permutation = -1, None
+            raise UserError(f"{self.variable}: holds no {name}; see README, or use DATA_PATH=demo")
+        self.starts = np.cumsum([0, *map(count_tokens, self.paths)])
 
     def __len__(self):
-        return int(self.starts[-1])
+        return self.starts[-1]
 
     def take(self, start, count):
         """Tokens start .. start + count - 1 (int64), wrapping; UserError for a bad id."""
-        chunks = []
-        while count > 0:
-            start %= len(self)
-            shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-            first = start - int(self.starts[shard])
-            chunks.append(self.read(shard, first, min(count, self.counts[shard] - first)))
-            start, count = start + len(chunks[-1]), count - len(chunks[-1])
-        return np.concatenate(chunks).astype(np.int64)
+        tokens = np.empty(0, dtype=np.int64)
+        while len(tokens) < count:
+            place = (start + len(tokens)) % len(self)
+            shard = np.searchsorted(self.starts, place, side="right") - 1
+            first, end = self.starts[shard : shard + 2]
+            most = min(count - len(tokens), end - place)
+            tokens = np.append(tokens, self.read(self.paths[shard], place - first, most))
+        return tokens
 
-    def read(self, shard, first, count):
-        path = self.paths[shard]
+    def read(self, path, first, count):
         with blaming(f"{self.variable}: {path.name} cannot be read"):
             tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES + 2 * first)
         if len(tokens) < count:
             raise UserError(f"{path}: has become shorter; leave the data alone while a run uses it")
         if tokens.max() >= self.vocab_size:
-            raise UserError(
-                f"{path}: "
-                f"holds token id {tokens.max()}, but VOCAB_SIZE={self.vocab_size};"
-                " use the tokenizer of the data"
-            )
+            fault = f"token id {tokens.max()} is outside VOCAB_SIZE={self.vocab_size}"
+            raise UserError(f"{path}: {fault}; use the tokenizer of the data")
         return tokens
 
-    def shuffled(self, sequence, T, seed):
-        """The place in file order of a sequence of T tokens of the endless shuffled stream.
-
-        Each pass over the data has a permutation of its own.
-        """
-        count = (len(self) - 1) // T
-        if count == 0:
-            raise UserError(f"{self.variable}: has not one whole sequence of {T} tokens")
-        whole_pass, place = divmod(sequence, count)
-        if self.shuffled_pass != whole_pass:
-            self.permutation = np.random.default_rng([seed, whole_pass]).permutation(count)
-            self.shuffled_pass = whole_pass
-        return int(self.permutation[place])
+    def shuffled(self, place, T, seed):
+        """The place in file order of a sequence of T tokens of the endless shuffled stream."""
+        count = max(1, (len(self) - 1) // T)
+        number, place = divmod(place, count)
+        return order_of_pass(number, count, seed)[place]
 
     def fingerprint(self, val_N):
-        """SHA-256 that tells data apart: this split's length and ends, all validation tokens."""
-        digest = hashlib.sha256(f"{len(self)} ".encode())
-        digest.update(self.take(len(self) - 32768, 65536).tobytes())
-        digest.update(val_N.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 that tells data apart: of this split's length, all validation tokens."""
+        return hashlib.sha256(np.append(val_N.cpu(), len(self))).hexdigest()
 
 
 def micro_batch_sequences(s, world):
     """Sequences of a forward pass: the largest divisor of a rank's share in MICRO_BATCH_TOKENS."""
-    n, T = s.train_batch_tokens, s.train_seq_len
-    share, rest = divmod(n, world.size * T)
+    T, size = s.train_seq_len, world.size
+    share, rest = divmod(s.train_batch_tokens, size * T)
     if rest:
-        raise s.wrong(
-            "TRAIN_BATCH_TOKENS",
-            f"be a multiple of {world.size * T}, whole sequences for {world.size} ranks",
-        )
+        raise s.wrong("TRAIN_BATCH_TOKENS", f"be a multiple of {size * T}, for {size} ranks")
     default = dict(cuda=131072, cpu=4096)[world.device.type]
     B = max(1, min(share, (s.micro_batch_tokens or default) // T))
     while share % B:
@@ -757,15 +731,15 @@ def micro_batch_sequences(s, world):
 
 
 def train_batch(shards, step, s, world):
-    """This rank's micro-batches (x_BT, y_BT) of a step.
+    """This rank's micro-batches (x_BT, y_BT) of a step, its part of TRAIN_BATCH_TOKENS.
 
-    Step s trains on the targets s n + 1 .. (s + 1) n of the shards, for any number of ranks.
+    A sequence is T tokens and the one behind. In file order, or with SHUFFLE in each pass's own.
     """
-    T, count = s.train_seq_len, s.train_batch_tokens // s.train_seq_len
-    share = range(count)[world.rank * count // world.size : (world.rank + 1) * count // world.size]
+    T = s.train_seq_len
+    share = s.train_batch_tokens // T // world.size
+    first = (step * world.size + world.rank) * share
     rows = []
-    for sequence in share:
-        place = step * count + sequence
+    for place in range(first, first + share):
         if s.shuffle:
             place = shards.shuffled(place, T, s.seed)
         rows.append(shards.take(place * T, T + 1))
@@ -776,90 +750,70 @@ def train_batch(shards, step, s, world):
     return [(part[:, :-1], part[:, 1:]) for part in tokens.split(B)]
 
 
-def docstrings(path):
-    """All docstrings of a module."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = ast.walk(ast.parse(path.read_bytes()))
-    texts = [ast.get_docstring(node) for node in nodes if isinstance(node, documented)]
-    return "\n".join(filter(None, texts))
-
-
 def demo_documents():
-    """English text that every Python has: the topics of `help()` and the library's docstrings."""
-    from pydoc_data.topics import topics
-
-    documents, library = list(topics.values()), Path(os.__file__).parent
-    skipped = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
-    for path in library.rglob("*.py"):
-        if skipped.isdisjoint(path.relative_to(library).parts):
-            with suppress(SyntaxError, ValueError, OSError):
-                documents.append(docstrings(path))
-    documents = [text for text in documents if len(text) > 200]
+    """English text that every Python has: the long strings of its library, mostly documentation."""
+    library, documents = Path(os.__file__).parent, set()
+    for name in glob.glob("**/*.py", root_dir=library, recursive=True):
+        if re.search("test|encodings|config|custom|packages", name):  # no prose, or not its own
+            continue
+        for node in ast.walk(ast.parse((library / name).read_bytes())):
+            text = getattr(node, "value", None)
+            if isinstance(text, str) and 100 < len(text) < 20_000:
+                documents.add(" ".join(text.split()))
     return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())  # mixed
 
 
 def train_tokenizer(texts, vocab_size):
     """A SentencePiece BPE model with byte fallback; UserError if the text is too short for it."""
-    model, lines = io.BytesIO(), filter(str.strip, "\n".join(texts).splitlines())
-    try:
+    model = io.BytesIO()
+    with blaming(f"VOCAB_SIZE={vocab_size}", "does not suit the demo's text, use 1024"):
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=iter(texts),
+            max_sentence_length=1_000_000,
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
             byte_fallback=True,
             character_coverage=0.999,
             add_dummy_prefix=False,
-            # as in the challenge's tokenizer
+            # as in the challenge's tokenizer; 2 ends a text
             pad_id=0,
             bos_id=BOS_ID,
-            eos_id=2,
             unk_id=3,
             num_threads=1,
             minloglevel=2,
         )
-    except RuntimeError:
-        raise UserError(
-            f"VOCAB_SIZE={vocab_size}: the demo's text does not fit that many tokens; use 1024"
-        ) from None
     return model.getvalue()
 
 
 def build_demo(folder, vocab_size):
-    """Write train, val and test shards and a tokenizer to `folder`, once, under a lock."""
+    """Write train, val and test shards and a tokenizer to `folder`, unless they are there.
+
+    Without a lock: who builds at the same time writes the same bytes, each file whole.
+    """
     finished = folder / "tokenizer.model"  # written last
     if finished.exists():  # perhaps another user's
         return
-    with blaming(f"{folder}: cannot be written"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock").acquire()
-    with lock:
-        if finished.exists():
-            return
-
-        # every 25th document is for validation, the one after it for test
-        splits = dict(val=[], test=[], train=[])
-        for i, text in enumerate(demo_documents()):
-            split = {0: "val", 1: "test"}.get(i % 25, "train")
-            splits[split].append(text)
-        model = train_tokenizer(splits["train"], vocab_size)
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        for split, texts in splits.items():
-            tokens = np.concatenate(processor.encode(texts, add_bos=True))
-            write_shard(folder / f"fineweb_{split}_000000.bin", tokens)
-        write_whole(finished, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = demo_documents()
+    splits = dict(val=texts[:200], test=texts[200:400], train=texts[400:])
+    model = train_tokenizer(splits["train"], vocab_size)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for split, documents in splits.items():
+        tokens = np.concatenate(processor.encode(documents, add_bos=True))
+        write_shard(folder / f"fineweb_{split}_000000.bin", tokens)
+    write_whole(finished, model)
 
 
 def prepare_demo(s, world):
     """Settings with DATA_PATH=demo replaced by the cached corpus; a rank of each node builds it."""
     if s.data_path != "demo":
         return s
-    folder = Path("data", "demo" if s.vocab_size == 1024 else f"demo-{s.vocab_size}")
+    folder = Path("data", f"demo-{s.vocab_size}")
     if world.local_rank == 0:
         build_demo(folder, s.vocab_size)
     world.sum(torch.zeros(1))  # all wait for all
-    tokenizer = str(folder / "tokenizer.model")
-    return replace(s, data_path=str(folder), tokenizer_path=tokenizer)
+    return replace(s, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
 
 
 # ---- Byte counts: how many UTF-8 bytes of text each token stands for -----------------------------
@@ -867,17 +821,13 @@ def prepare_demo(s, world):
 
 def load_tokenizer(path, vocab_size):
     """UserError, naming the variable, for a file that is missing, no model, or of another size."""
-    with blaming(f"TOKENIZER_PATH={path}"):
-        model = path.read_bytes()
-    try:
+    with blaming(f"TOKENIZER_PATH={path}", "is no SentencePiece model"):
         # an empty file would make the library speak for itself
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"?")
-    except (RuntimeError, ValueError, TypeError):  # whatever it raises for a damaged model
-        raise UserError(f"TOKENIZER_PATH={path}: is no SentencePiece model") from None
-    if processor.vocab_size() != vocab_size:
-        raise UserError(
-            f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {processor.vocab_size()} tokens"
-        )
+        model = path.read_bytes() or b"?"
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    size = processor.vocab_size()
+    if size != vocab_size:
+        raise UserError(f"VOCAB_SIZE={vocab_size}: the tokenizer {path} has {size} tokens")
     return processor
 
 
@@ -887,24 +837,17 @@ def load_byte_counts(path, vocab_size, device):
     They add up to a document's decoded text. SentencePiece drops the leading space of a text, so a
     token counts less after a control token.
     """
-    processor = load_tokenizer(path, vocab_size)
-    ids = range(vocab_size)
-    control = [processor.is_control(i) or processor.is_unused(i) for i in ids]
+    processor, ids = load_tokenizer(path, vocab_size), list(range(vocab_size))
 
     def sizes(before):
+        """The bytes that each token adds behind these."""
         start = len(processor.decode(before).encode())
-        counts = []
-        for i in ids:
-            text = processor.decode([*before, i])
-            counts.append(len(text.encode()) - start)
-            if processor.is_byte(i):
-                counts[-1] = 1
-            if control[i]:
-                counts[-1] = 0
-        return counts
+        texts = processor.decode([[*before, i] for i in ids])
+        return [len(text.encode()) - start for text in texts]
 
     inside_or_first_2V = torch.tensor([sizes(processor.encode("a")), sizes([])], device=device)
-    control_V = torch.tensor(control, device=device).long()
+    inside_or_first_2V[:, torch.tensor(processor.is_byte(ids))] = 1
+    control_V = torch.tensor(processor.is_control(ids), device=device).long()
     return lambda before, token: inside_or_first_2V[control_V[before], token]
 
 
@@ -912,7 +855,7 @@ def unigram_bpb(train, val_N, byte_counts):
     """Bits per byte of the training text's add-one unigram frequencies: any model must beat it."""
     start = train.take(0, min(len(train), 10_000_000))
     seen = np.bincount(start, minlength=train.vocab_size) + 1
-    bits = -np.log2(seen / seen.sum())[val_N[1:].cpu()].sum()
+    bits = np.log2(seen.sum() / seen)[val_N[1:].cpu()].sum()
     return bits / byte_counts(val_N[:-1], val_N[1:]).sum().item()
 
 
@@ -925,6 +868,12 @@ class Module(nn.Module):
     """A module that names the role of each of its own parameters; ROLES says what follows."""
 
     roles = {}
+
+    def add(self, role, **values):
+        """Own parameters of one role by name, with their initial values."""
+        for name, value in values.items():
+            setattr(self, name, nn.Parameter(value))
+            self.roles = {**self.roles, name: role}
 
 
 def norm(x):
@@ -974,16 +923,18 @@ class Rotary(Module):
     def __init__(self, s):
         super().__init__()
         T, r = s.train_seq_len, s.rope_dims or s.model_dim // s.num_heads
-        stretch = max(1.0, T / 1024) ** (r / (r - 2)) if s.use_ntk_rope else 1.0
-        frequency = (10000.0 * stretch) ** (-torch.arange(0, r, 2) / r)
+        base = 10000.0
+        if s.use_ntk_rope:
+            base *= max(1.0, T / 1024) ** (r / (r - 2))
+        frequency = base ** (-torch.arange(0, r, 2) / r)
         angle_T1C = torch.outer(torch.arange(T).float(), frequency)[:, None]
-        self.register_buffer("cos_T1C", angle_T1C.cos(), persistent=False)
-        self.register_buffer("sin_T1C", angle_T1C.sin(), persistent=False)
+        cos_sin_2T1C = torch.stack((angle_T1C.cos(), angle_T1C.sin()))
+        self.register_buffer("cos_sin_2T1C", cos_sin_2T1C, persistent=False)
 
     def forward(self, x_BTHC):
-        T, half = x_BTHC.size(1), self.cos_T1C.size(-1)
-        cos, sin = self.cos_T1C[:T].to(x_BTHC.dtype), self.sin_T1C[:T].to(x_BTHC.dtype)
-        a, b, rest = x_BTHC.split([half, half, x_BTHC.size(-1) - 2 * half], dim=-1)
+        cos, sin = self.cos_sin_2T1C[:, : x_BTHC.size(1)].to(x_BTHC.dtype)
+        half = cos.size(-1)
+        a, b, rest = x_BTHC.tensor_split((half, 2 * half), dim=-1)
         return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
@@ -999,12 +950,10 @@ def attend(q_BTHC, k_BTGC, v_BTGC, window=0, fa3=False):
         y = flash_attn_func(q_BTHC, k_BTGC, v_BTGC, causal=True, window_size=(window - 1, 0))
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BTGC, v_BTGC))
-    mask = None
+    mask, T = None, q.size(2)
     if window:
-        place_T = torch.arange(q.size(2), device=q.device)
-        distance_TT = place_T[:, None] - place_T
-        mask = (distance_TT >= 0) & (distance_TT < window)
-    options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    options = dict(attn_mask=mask, is_causal=not window, enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
@@ -1015,32 +964,32 @@ def choose_attention(s, world):
     """
     if world.device.type == "cpu":
         return s, "PyTorch's on the CPU"
-    wanted = KERNELS if s.attn_backend == "auto" else [s.attn_backend]
-    for name in wanted:
+    for name in KERNELS if s.attn_backend == "auto" else [s.attn_backend]:
+        chosen = replace(s, attn_backend=name)
         try:
-            try_attention(name, s, world)
-            version = dict(cudnn=torch.backends.cudnn.version()).get(name, torch.__version__)
-            return replace(s, attn_backend=name), f"{name} {version}"
-        except (AttributeError, ImportError, RuntimeError, ValueError) as error:
+            try_attention(chosen, world)
+            cudnn = torch.backends.cudnn.version()
+            return chosen, f"{name} (torch {torch.__version__}, cuDNN {cudnn})"
+        except Exception as error:  # whatever keeps a kernel from running
             fault = str(error)[:200]
     remedy = "fa3 needs an H100, its package, and torch.nn.attention.activate_flash_attention_impl"
     raise s.wrong("ATTN_BACKEND", f"run here, but does not ({fault}); {remedy}")
 
 
-def try_attention(name, s, world):
-    """Enable this kernel alone, and run it once."""
-    torch.backends.cuda.enable_cudnn_sdp(name == "cudnn")
-    torch.backends.cuda.enable_flash_sdp(name in ("fa3", "flash"))
-    torch.backends.cuda.enable_mem_efficient_sdp(name == "efficient")
-    torch.backends.cuda.enable_math_sdp(name == "math" or s.attn_window > 0)  # windows are masks
+def try_attention(s, world):
+    """Enable the kernel of ATTN_BACKEND alone, and run it once, forward and backward."""
+    name, cuda = s.attn_backend, torch.backends.cuda
+    cuda.enable_cudnn_sdp(name == "cudnn")
+    cuda.enable_flash_sdp(name in ("fa3", "flash"))
+    cuda.enable_mem_efficient_sdp(name == "efficient")
+    cuda.enable_math_sdp(name == "math" or s.attn_window > 0)  # windows are masks
     if name == "fa3":
         if torch.cuda.get_device_capability(world.device)[0] != 9:
             raise RuntimeError("no GPU of compute capability 9")
         torch.nn.attention.activate_flash_attention_impl("FA3")
-    shape = (1, 256, s.num_heads, s.model_dim // s.num_heads)
-    q = torch.zeros(shape, device=world.device, dtype=world.compute_dtype(s), requires_grad=True)
-    k = q[:, :, : s.num_kv_heads]
-    attend(q, k, k).sum().backward()
+    attention = Attention(s, 0, Rotary(s)).to(world.device)
+    x_BTD = torch.zeros(1, s.train_seq_len, s.model_dim, device=world.device)
+    attention(x_BTD.to(world.compute_dtype(s)), None, None).sum().backward()
 
 
 class Attention(Module):
@@ -1049,36 +998,35 @@ class Attention(Module):
     In the last XSA_LAST_N layers each token's own value direction goes: y - (y . v) v / |v|^2.
     """
 
-    roles = dict(q_gain="scalar")
-
     def __init__(self, s, layer, rotary):
         super().__init__()
-        D, self.H, self.G = s.model_dim, s.num_heads, s.num_kv_heads
-        self.C = D // self.H
-        self.q = Linear(s, D, self.H * self.C)
+        D, H, self.G = s.model_dim, s.num_heads, s.num_kv_heads
+        self.C = D // H
+        self.q = Linear(s, D, D)
         self.k = Linear(s, D, self.G * self.C)
         self.v = Linear(s, D, self.G * self.C)
         self.out = Linear(s, D, D, residual=True)
-        self.q_gain = nn.Parameter(torch.full((self.H,), s.qk_gain_init))
+        self.add("scalar", q_gain=torch.full((H,), s.qk_gain_init))
         self.rotary, self.fa3 = rotary, s.attn_backend == "fa3"
         self.exclusive = layer >= s.num_layers - s.xsa_last_n
         self.window = s.attn_window if layer < s.attn_window_layers else 0
 
     def forward(self, x_BTD, value, scale_D):
         """`value` is added to the values; `scale_D` multiplies the output."""
-        B, T, D = x_BTD.shape
-        gain_H1 = self.q_gain.to(x_BTD.dtype)[:, None]
-        q_BTHC = self.rotary(norm(self.q(x_BTD).view(B, T, self.H, self.C))) * gain_H1
-        k_BTGC = self.rotary(norm(self.k(x_BTD).view(B, T, self.G, self.C)))
-        v_BTE = self.v(x_BTD) if value is None else self.v(x_BTD) + value
-        v_BTGC = v_BTE.view(B, T, self.G, self.C)
+        by_head, gain_H1 = (-1, self.C), self.q_gain.to(x_BTD.dtype)[:, None]
+        q_BTHC = self.rotary(norm(self.q(x_BTD).unflatten(-1, by_head))) * gain_H1
+        k_BTGC = self.rotary(norm(self.k(x_BTD).unflatten(-1, by_head)))
+        v = self.v(x_BTD)
+        if value is not None:
+            v = v + value
+        v_BTGC = v.unflatten(-1, by_head)
 
         y = attend(q_BTHC, k_BTGC, v_BTGC, self.window, self.fa3)
         if self.exclusive:  # a value head is shared by H / G query heads
-            y, v = y.reshape(B, T, self.G, -1, self.C), v_BTGC.unsqueeze(3)
+            y, v = y.unflatten(2, (self.G, -1)), v_BTGC.unsqueeze(3)
             dot, square = (y * v).sum(-1, keepdim=True), v.square().sum(-1, keepdim=True)
             y = y - dot / (square + NORM_EPS) * v
-        return self.out(y.reshape(B, T, D), scale_D)
+        return self.out(y.flatten(2), scale_D)
 
 
 class MLP(Module):
@@ -1099,16 +1047,13 @@ class Block(Module):
     """Attention, after a mix with the first stream x0, and MLP: each behind a norm, with a scale
     a channel, added to the stream that it reads."""
 
-    roles = dict(attn_scale="scalar", mlp_scale="scalar", resid_mix="scalar")
-
     def __init__(self, s, layer, rotary):
         super().__init__()
         D = s.model_dim
         self.attn = Attention(s, layer, rotary)
         self.mlp = MLP(s)
-        self.attn_scale = nn.Parameter(torch.ones(D))
-        self.mlp_scale = nn.Parameter(torch.ones(D))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(D), torch.zeros(D))))
+        self.add("scalar", attn_scale=torch.ones(D), mlp_scale=torch.ones(D))
+        self.add("scalar", resid_mix=torch.stack((torch.ones(D), torch.zeros(D))))
         self.norm_scale = (layer + 1) ** -0.5 if s.ln_scale else 1.0
 
     def attend(self, x, x0, value):
@@ -1123,11 +1068,9 @@ class Block(Module):
 class SmearGate(Module):
     """(1 - g) x_t + g x_{t-1}, g = sigmoid a channel; nothing crosses into a document."""
 
-    roles = dict(gate="scalar")
-
     def __init__(self, s):
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(s.model_dim))
+        self.add("scalar", gate=torch.zeros(s.model_dim))
 
     def forward(self, x_BTD, starts_BT):
         before = F.pad(x_BTD, (0, 0, 1, -1)).masked_fill(starts_BT[..., None], 0.0)
@@ -1140,15 +1083,13 @@ class BigramHash(Module):
     The last row is for the first token of a sequence or document.
     """
 
-    roles = dict(layer_scale="scalar")
-
     def __init__(self, s):
         super().__init__()
         self.table = Table(s.bigram_vocab_size, s.bigram_dim)
         nn.init.zeros_(self.table.weight)
         self.proj = Linear(s, s.bigram_dim, s.model_dim)
         places = dict(layers=s.num_layers, input=1)[s.bigram_at]
-        self.layer_scale = nn.Parameter(torch.full((places,), 0.05))
+        self.add("scalar", layer_scale=torch.full((places,), 0.05))
 
     def forward(self, x_BT, starts_BT, dtype):
         """What is added, by place."""
@@ -1162,8 +1103,6 @@ class BigramHash(Module):
 class ValueEmbedding(Module):
     """Token embedding added to the attention values of VE_LAYERS, with one scale a layer."""
 
-    roles = dict(scale="scalar", layer_scale="scalar")
-
     def __init__(self, s):
         super().__init__()
         self.layers = value_layers(s)
@@ -1171,8 +1110,7 @@ class ValueEmbedding(Module):
         self.table = Table(s.vocab_size, s.ve_dim)
         nn.init.normal_(self.table.weight, std=0.01)
         self.proj = Linear(s, s.ve_dim, width, residual=True)
-        self.scale = nn.Parameter(torch.tensor(0.1))
-        self.layer_scale = nn.Parameter(torch.ones(len(self.layers)))
+        self.add("scalar", scale=torch.tensor(0.1), layer_scale=torch.ones(len(self.layers)))
 
     def forward(self, x_BT, dtype):
         """By layer, what is added to its values."""
@@ -1195,24 +1133,16 @@ class Head(Module):
     least_rank = 0  # of HEAD_RANK
     head_lr = 0.01  # for HEAD_LR=0
     head_matrix_lr = 0.001  # for HEAD_MATRIX_LR=0
-    embedding_role = "tied"  # of E: "tied" where it makes logits, "table" where it does not
-    products_with_E = 1  # matrix products with E for a token, for its FLOPs
+    products_with_E = 1  # matrix products with E for a token; 0: E makes no logits
 
     def __init__(self, s):
         super().__init__()
         self.softcap = s.logit_softcap
         self.tied_logit_std = s.tied_embed_init_std * s.model_dim**0.5  # of E h at step 0
-        self.roles = {}
         self.build(s, s.model_dim, s.vocab_size, s.head_rank)
 
     def build(self, s, D, V, R):
-        """Declare the head's own parameters with `add`; the tied head has none."""
-
-    def add(self, role, **values):
-        """Parameters by name, with initial values; roles: head_matrix, head_vocab, head_scalar."""
-        for name, value in values.items():
-            setattr(self, name, nn.Parameter(value))
-            self.roles[name] = role
+        """`add` the head's own parameters: head_matrix, head_vocab, head_scalar; tied has none."""
 
     def copy_embedding(self, E_VD):
         """What the head takes over from a new embedding; for most heads nothing."""
@@ -1261,7 +1191,7 @@ class Untied(Head):
     """cap(D h); D starts as a copy of E."""
 
     uses, head_lr = ("head_lr",), 0.004
-    embedding_role, products_with_E = "table", 0
+    products_with_E = 0
 
     def build(self, s, D, V, R):
         self.add("head_vocab", D_VD=torch.zeros(V, D))
@@ -1279,7 +1209,7 @@ class Factorized(Head):
 
     uses = ("head_lr", "head_matrix_lr", "head_rank")
     least_rank = 1
-    embedding_role, products_with_E = "table", 0
+    products_with_E = 0
 
     def build(self, s, D, V, R):
         self.add("head_matrix", A_RD=fan_in_normal(R, D))
@@ -1294,7 +1224,7 @@ class Simplex(Head):
     """cap(g C s), s = M softmax(S h) - 1, a point of the simplex, centred (study A, H6)."""
 
     uses = ("head_dim", "head_lr", "head_matrix_lr")
-    embedding_role, products_with_E = "table", 0
+    products_with_E = 0
 
     def build(self, s, D, V, R):
         M = s.head_dim
@@ -1367,38 +1297,28 @@ class MixtureOfSoftmaxes(Head):
     def build(self, s, D, V, R):
         K = self.products_with_E = s.head_k
         self.add("head_matrix", U_KDR=torch.zeros(K, D, R), V_KRD=fan_in_normal(K, R, D))
-        self.gate_KD = self.gate_bias_K = None  # one component needs no gate
-        if K > 1:
-            self.add("head_scalar", gate_KD=torch.zeros(K, D), gate_bias_K=torch.zeros(K))
+        self.add("head_scalar", gate_KD=torch.zeros(K, D), gate_bias_K=torch.zeros(K))
 
-    def factors(self):
-        return zip(self.U_KDR, self.V_KRD)
-
-    def component_logits(self, h_ND, E_VD, U_DR, V_RD):
-        return self.cap(project(h_ND + project(h_ND, V_RD, U_DR), E_VD))
+    def components(self, h_ND, E_VD):
+        """The logits of one component after the other, NxV."""
+        for U_DR, V_RD in zip(self.U_KDR, self.V_KRD):
+            yield self.cap(project(h_ND + project(h_ND, V_RD, U_DR), E_VD))
 
     def log_pi(self, h_ND):
         """Log mixture weights, NxK."""
-        if self.gate_KD is None:
-            return at_least_fp32(h_ND.new_zeros(h_ND.size(0), 1))
-        gate_NK = at_least_fp32(project(h_ND, self.gate_KD))
-        if self.gate_bias_K is not None:
-            gate_NK = gate_NK + self.gate_bias_K
+        gate_NK = at_least_fp32(project(h_ND, self.gate_KD)) + self.gate_bias_K
         return F.log_softmax(gate_NK, dim=-1)
 
     def nll(self, h_ND, x_N, y_N, E_VD):
         log_p = []
-        for U, V in self.factors():
-            logits_NV = self.component_logits(h_ND, E_VD, U, V)
+        for logits_NV in self.components(h_ND, E_VD):
             log_p.append(-F.cross_entropy(logits_NV, y_N, reduction="none"))
         return -torch.logsumexp(self.log_pi(h_ND) + torch.stack(log_p, dim=-1), dim=-1)
 
     def log_probs(self, h_ND, x_N, E_VD):
-        parts = []
-        for U, V in self.factors():
-            parts.append(F.log_softmax(self.component_logits(h_ND, E_VD, U, V), dim=-1))
+        log_p = [F.log_softmax(logits, dim=-1) for logits in self.components(h_ND, E_VD)]
         log_pi_KN1 = self.log_pi(h_ND).T[..., None]
-        return torch.logsumexp(log_pi_KN1 + torch.stack(parts), dim=0)
+        return torch.logsumexp(log_pi_KN1 + torch.stack(log_p), dim=0)
 
 
 # The heads of both studies as they ran them, to show the cause of their figures: HEAD_VARIANT.
@@ -1430,7 +1350,7 @@ class MixturePR908(Head):
 
     uses = ("head_k", "head_lr", "head_matrix_lr", "head_rank")
     least_rank = 1
-    embedding_role, products_with_E = "table", 0
+    products_with_E = 0
 
     def build(self, s, D, V, R):
         K = s.head_k
@@ -1451,19 +1371,16 @@ class MixturePR266(MixtureOfSoftmaxes):
 
     uses = ("head_k", "head_matrix_lr", "head_rank")
     head_matrix_lr = 0.04  # study B's MATRIX_LR
+    gate_bias_K = 0.0
 
     def build(self, s, D, V, R):
         K = self.products_with_E = s.head_k
-        self.gate_bias_K = None
         self.add("head_matrix", V_RD=0.02 * torch.randn(R, D), U_MR=0.02 * torch.randn(K * D, R))
         self.add("head_scalar", gate_KD=0.02 * torch.randn(K, D))
 
-    def factors(self):
+    def components(self, h_ND, E_VD):
         for U_DR in self.U_MR.chunk(self.products_with_E):
-            yield U_DR, self.V_RD
-
-    def component_logits(self, h_ND, E_VD, U_DR, V_RD):
-        return at_least_fp32(project(h_ND, V_RD, U_DR, E_VD))
+            yield at_least_fp32(project(h_ND, self.V_RD, U_DR, E_VD))
 
 
 HEADS = dict(
@@ -1505,12 +1422,8 @@ def check_head(s):
             raise s.wrong(name, f"be unset: {named} does not use it ({', '.join(users)} does)")
     if s.head_rank < head.least_rank:
         raise s.wrong("HEAD_RANK", f"be at least 1 with {named}")
-    if s.head_type == "tied" and not s.head_trainable:
-        raise s.wrong("HEAD_TRAINABLE", "be 1 where the head has no parameters of its own")
     if s.train_only == "head" and (s.head_type == "tied" or not s.head_trainable):
         raise s.wrong("TRAIN_ONLY", "be all where no head is trained")
-    if s.head_start_frac and (s.train_only == "head" or not s.head_trainable):
-        raise s.wrong("HEAD_START_FRAC", "be 0 where the head is not trained, or alone")
 
     rates = {}
     for name in {"head_lr", "head_matrix_lr"} & set(head.uses):
@@ -1534,18 +1447,14 @@ class GPT(Module):
     `compute_dtype` is that of activations and matrix products; None: the weights' own.
     """
 
-    roles = dict(skip_weights="scalar", skip_gates="scalar", lane_share="scalar")
-
     def __init__(self, s, compute_dtype=None):
         super().__init__()
         L, D = s.num_layers, s.model_dim
-        self.compute_dtype = compute_dtype
+        self.settings, self.compute_dtype = s, compute_dtype
         self.tok_emb = Table(s.vocab_size, D)
         nn.init.normal_(self.tok_emb.weight, std=s.tied_embed_init_std)
 
-        # parts that a setting leaves out
-        self.smear = self.bigram = self.value_embed = None
-        self.skip_weights = self.skip_gates = self.lane_share = None
+        # what a setting leaves out is not there
         if s.smear_gate:
             self.smear = SmearGate(s)
         if s.bigram_hash:
@@ -1554,51 +1463,54 @@ class GPT(Module):
         # the blocks, their order, and what leads past them
         rotary = Rotary(s)
         self.blocks = nn.ModuleList(Block(s, layer, rotary) for layer in range(L))
-        self.layers, self.looped, self.parallel_from = layer_order(s), True, s.parallel_from
-        self.bigram_at_input = s.bigram_hash and s.bigram_at == "input"
+        self.layers, self.looped = layer_order(s), True
         if L > 1:
-            self.skip_weights = nn.Parameter(torch.ones(L // 2, D))
+            self.add("scalar", skip_weights=torch.ones(L // 2, D))
             if s.skip_gates:
-                self.skip_gates = nn.Parameter(torch.zeros(L // 2, D))
+                self.add("scalar", skip_gates=torch.zeros(L // 2, D))
         if s.parallel_from < L:
-            self.lane_share = nn.Parameter(torch.tensor(0.5))
+            self.add("scalar", lane_share=torch.tensor(0.5))
         if s.value_embed:
             self.value_embed = ValueEmbedding(s)
         self.requires_grad_(s.train_only == "all")
 
         self.head = head_class(s)(s).requires_grad_(s.head_trainable)
         self.head.copy_embedding(self.tok_emb.weight)
-        self.tok_emb.roles = dict(weight=self.head.embedding_role)
+        if self.head.products_with_E:
+            self.tok_emb.roles = dict(weight="tied")
 
     def hidden(self, x_BT):
         """The final normed hidden states h_BTD."""
+        s, L = self.settings, len(self.blocks)
         starts_BT = (x_BT == BOS_ID).index_fill(1, x_BT.new_zeros(1), True)
         dtype = self.compute_dtype or self.tok_emb.weight.dtype
 
         # embeddings: of the token, of the token before, of their pair, and for the values
         x, bigrams, values = self.tok_emb(x_BT).to(dtype), [], {}
-        if self.bigram is not None:
+        if s.bigram_hash:
             bigrams = self.bigram(x_BT, starts_BT, dtype)
-        if self.value_embed is not None:
+        if s.value_embed:
             values = self.value_embed(x_BT, dtype)
-        if self.bigram_at_input:  # as in PR 1435, which norms before the gate
+        bigram_at_input = s.bigram_hash and s.bigram_at == "input"
+        if bigram_at_input:  # as in PR 1435, which norms before the gate
             x = norm(x + bigrams.pop())
-        if self.smear is not None:
+        if s.smear_gate:
             x = self.smear(x, starts_BT)
-        if not self.bigram_at_input:
+        if not bigram_at_input:
             x = norm(x)
         x0 = x
 
-        # the first half of the layers stores skips, the second takes them back, last one first
-        layers = self.layers if self.looped else range(len(self.blocks))
+        # the first half of the layers stores skips; as many layers as there are weights take them
+        # back, the last one first: a loop stores more
+        layers = self.layers if self.looped else range(L)
         half, skips, lane = len(layers) // 2, [], None
         for place, layer in enumerate(layers):
             block = self.blocks[layer]
-            if place >= half and skips and lane is None:
+            if half <= place < half + L // 2 and lane is None:
                 x = self.skip(x, skips.pop(), place - half)
             if bigrams:
                 x = x + bigrams[layer]
-            if lane is None and layer >= self.parallel_from:
+            if lane is None and layer >= s.parallel_from:
                 lane = x
             x = block.attend(x, x0, values.get(layer))
             if lane is None:
@@ -1612,21 +1524,18 @@ class GPT(Module):
         return norm(x)
 
     def skip(self, x, skipped, index):
-        """The stream with what an early layer has stored. A loop stores more than is taken back."""
-        if index >= len(self.skip_weights):
-            return x
+        """The stream with what an early layer has stored."""
         skipped = self.skip_weights[index].to(x.dtype) * skipped
-        if self.skip_gates is None:
+        if not self.settings.skip_gates:
             return x + skipped
         return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
-    def nll(self, x_BT, y_BT, last=None):
-        """Negative log-likelihoods in nats, of each sequence's last `last` targets (None: all)."""
-        first = 0 if last is None else x_BT.size(1) - last
-        h_ND = self.hidden(x_BT)[:, first:].flatten(0, 1)
-        x_N, y_N = x_BT[:, first:].flatten(), y_BT[:, first:].flatten()
+    def nll(self, x_BT, y_BT, last=MANY):
+        """Negative log-likelihoods in nats, of each sequence's last `last` targets, or of all."""
+        h_ND = self.hidden(x_BT)[:, -last:].flatten(0, 1)
+        x_N, y_N = x_BT[:, -last:].flatten(), y_BT[:, -last:].flatten()
         E_VD = self.tok_emb.weight
-        chunk = max(1, MOST_LOGITS // len(E_VD))
+        chunk = MOST_LOGITS // len(E_VD)
         if len(h_ND) <= chunk:
             return self.head.nll(h_ND, x_N, y_N, E_VD).view(len(x_BT), -1)
 
@@ -1642,12 +1551,12 @@ class GPT(Module):
     def parameter_roles(self):
         """The role of every parameter by its name; RuntimeError for one that no module declares."""
         roles = {}
-        for prefix, module in self.named_modules():
-            for name, _ in module.named_parameters(prefix, recurse=False):
-                own = name.rpartition(".")[2]
-                if own not in getattr(module, "roles", {}):
-                    raise RuntimeError(f"parameter {name} has no role: no optimizer would train it")
-                roles[name] = module.roles[own]
+        for name, _ in self.named_parameters():
+            owner, _, own = name.rpartition(".")
+            declared = getattr(self.get_submodule(owner), "roles", {})
+            if own not in declared:
+                raise RuntimeError(f"parameter {name} has no role: no optimizer would train it")
+            roles[name] = declared[own]
         return roles
 
 
@@ -1697,13 +1606,13 @@ ROLES = dict(
 # fmt: on
 
 
-def newton_schulz(G, dtype, steps=5):
+def newton_schulz(G, dtype):
     """Nearly the orthogonal factor of each matrix of a batch (Muon, Jordan et al. 2024)."""
     if G.size(-2) > G.size(-1):
-        return newton_schulz(G.mT, dtype, steps).mT
+        return newton_schulz(G.mT, dtype).mT
     X = G.to(dtype)
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         A = X @ X.mT
         X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     return X
@@ -1718,16 +1627,16 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups, world, dtype, row_norm=False):
-        super().__init__(groups, dict(momentum=0.95, weight_decay=0.0))
+        super().__init__(groups, dict(momentum=0.95))
         self.world, self.dtype, self.row_norm = world, dtype, row_norm
         for group in self.param_groups:
             params = group["params"]
             self.state[params[0]]["momentum"] = torch.zeros_like(torch.stack(params))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
-            params, mu = group["params"], group["momentum"]
+            params, mu, world = group["params"], group["momentum"], self.world
             gradient = torch.stack([p.grad for p in params])
             momentum = self.state[params[0]]["momentum"]
             momentum.mul_(mu).add_(gradient)
@@ -1736,9 +1645,9 @@ class Muon(torch.optim.Optimizer):
             stack = gradient.add_(momentum, alpha=mu).flatten(0, -3)
             if self.row_norm:
                 stack = F.normalize(stack, dim=-1, eps=1e-7)
-            padded = F.pad(stack, (0, 0, 0, 0, 0, -len(stack) % self.world.size))
-            share = padded.chunk(self.world.size)[self.world.rank]
-            update = self.world.gather(newton_schulz(share, self.dtype))[: len(stack)]
+            padded = F.pad(stack, (0, 0, 0, 0, 0, -len(stack) % world.size))
+            share = padded.chunk(world.size)[world.rank]
+            update = world.gather(newton_schulz(share, self.dtype))[: len(stack)]
 
             stretch = max(1.0, update.size(-2) / update.size(-1)) ** 0.5
             updates = update.view_as(gradient).to(params[0].dtype).unbind()
@@ -1749,41 +1658,41 @@ class Muon(torch.optim.Optimizer):
 def adam_with_state(groups):
     """AdamW whose state is there before the first step: a checkpoint is compared with it."""
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    for p in [p for group in groups for p in group["params"]]:
-        step = torch.zeros((), device=p.device)
-        adam.state[p] = dict(
-            step=step, exp_avg=p.new_zeros(p.shape), exp_avg_sq=p.new_zeros(p.shape)
-        )
+    for group in groups:
+        for p in group["params"]:
+            adam.state[p] = dict(
+                step=torch.zeros((), device=p.device),
+                exp_avg=torch.zeros_like(p),
+                exp_avg_sq=torch.zeros_like(p),
+            )
     return adam
 
 
 def build_optimizers(model, s, world):
-    """Adam and Muon over all trainable parameters, a group for each role (and for Muon each shape).
+    """Adam and Muon over all trainable parameters, a group for each role and shape.
 
     Every group carries its unscaled rate, `base_lr`, and the share of training at which it starts.
     """
-    groups, roles = dict(adam={}, muon={}), model.parameter_roles()
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, p in trainable.items():
+    adam, muon, roles = {}, {}, model.parameter_roles()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         role = ROLES[roles[name]]
-        key = (roles[name], p.shape if role.optimizer == "muon" else None)
-        if key not in groups[role.optimizer]:
-            # a head knows its own default rates
-            rate = getattr(s, role.learning_rate) or getattr(model.head, role.learning_rate, 0.0)
-            decay = getattr(s, role.weight_decay)
-            if decay < 0:
-                decay = s.adam_wd
-            start = getattr(s, role.start) if role.start else 0.0
-            facts = dict(lr=rate, base_lr=rate, weight_decay=decay, start=start)
-            groups[role.optimizer][key] = dict(params=[], **facts)
-        groups[role.optimizer][key]["params"].append(p)
+        rate, decay = getattr(s, role.learning_rate), getattr(s, role.weight_decay)
+        if decay < 0:
+            decay = s.adam_wd
+        start = getattr(s, role.start, 0.0)
+        facts = dict(lr=rate, base_lr=rate, weight_decay=decay, start=start)
+        groups = dict(adam=adam, muon=muon)[role.optimizer]
+        group = groups.setdefault((role, p.shape), dict(params=[], **facts))
+        group["params"].append(p)
 
     optimizers = []
-    if groups["adam"]:
-        optimizers.append(adam_with_state([*groups["adam"].values()]))
-    if groups["muon"]:
+    if adam:
+        optimizers.append(adam_with_state([*adam.values()]))
+    if muon:
         dtype = model.compute_dtype or torch.float32
-        optimizers.append(Muon([*groups["muon"].values()], world, dtype, s.muon_row_norm))
+        optimizers.append(Muon([*muon.values()], world, dtype, s.muon_row_norm))
     return optimizers
 
 
@@ -1857,19 +1766,17 @@ def windows(tokens_N, stride, s, world):
     limit = dict(cuda=131072, cpu=16384)[device.type]
     B = max(1, min(s.val_batch_size // world.size, limit) // T)
     starts = torch.arange(0, max(end - 1 - T + stride, 1), stride, device=device)
-    batches = list(starts.split(B))
+    first = B
     if stride < T:  # the first window scores more than the others: it is a batch of its own
-        batches = [starts[:1]]
-        if len(starts) > 1:
-            batches += starts[1:].split(B)
+        first = 1
+    batches = [starts[:first], *filter(len, starts[first:].split(B))]
 
     share = batches[world.rank :: world.size]
     for i, batch in enumerate(share):
         world.heed()
         world.progress("scoring batches of windows", i, len(share))
-        starts_B = F.pad(
-            batch, (0, B - len(batch)), value=end
-        )  # what fills up the batch lies behind
+        # what fills up the batch lies behind all targets
+        starts_B = F.pad(batch, (0, B - len(batch)), value=end)
         index = starts_B[:, None] + torch.arange(T + 1, device=device)
         sequence = tokens_N[index.clamp(max=end - 1)]
         scored = T if batch is batches[0] else stride
@@ -1898,26 +1805,22 @@ def spectrum(model, tokens_N, s):
     In float64 from the hidden states on, each context's mean over V subtracted; by the eigenvalues
     of the V x V Gram matrix.
     """
-    T, head, E_VD = (
-        s.train_seq_len,
-        copy.deepcopy(model.head).double(),
-        model.tok_emb.weight.double(),
-    )
-    sequences = min(math.ceil(65536 / T), len(tokens_N) // T)
-    gram_VV = torch.zeros(s.vocab_size, s.vocab_size, dtype=torch.float64, device=E_VD.device)
-    for x_BT in tokens_N[: sequences * T].view(-1, T).split(8):
-        h_ND = model.hidden(x_BT).flatten(0, 1).double()
-        for h, x in zip(h_ND.split(1024), x_BT.flatten().split(1024)):  # bounds the logits
-            z_NV = head.log_probs(h, x, E_VD)
-            z_NV -= z_NV.mean(dim=-1, keepdim=True)
-            gram_VV.addmm_(z_NV.T, z_NV)
+    head, E_VD = copy.deepcopy(model.head).double(), model.tok_emb.weight.double()
+    T, V = s.train_seq_len, s.vocab_size
+    contexts = min(math.ceil(65536 / T), len(tokens_N) // T) * T
+    gram_VV = E_VD.new_zeros(V, V)
+    for x_T in tokens_N[:contexts].split(T):
+        h_TD = model.hidden(x_T[None])[0].double()
+        z_TV = head.log_probs(h_TD, x_T, E_VD)
+        z_TV -= z_TV.mean(dim=-1, keepdim=True)
+        gram_VV.addmm_(z_TV.T, z_TV)
 
     energy_V = torch.linalg.eigvalsh(gram_VV.cpu()).flip(0).clamp_min(0)
-    share_V = energy_V.cumsum(0) / energy_V.sum()
+    share_V = energy_V / energy_V.sum()
     return dict(
-        contexts=sequences * T,
-        rank_9999=1 + int((share_V < 0.9999).sum()),
-        energy_beyond_model_dim=(energy_V[s.model_dim :].sum() / energy_V.sum()).item(),
+        contexts=contexts,
+        rank_9999=1 + int((share_V.cumsum(0) < 0.9999).sum()),
+        energy_beyond_model_dim=share_V[s.model_dim :].sum().item(),
     )
 
 

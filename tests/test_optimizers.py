@@ -303,7 +303,7 @@ def test_with_row_norm_the_scale_of_a_gradients_row_does_not_matter():
         moves = []
         for scaled in (gradient, gradient * scale):
             p = nn.Parameter(torch.zeros(24, 6))
-            group = dict(params=[p], lr=0.05, momentum=0.9)
+            group = dict(params=[p], lr=0.05, momentum=0.9, weight_decay=0.0)
             p.grad = scaled.clone()
             Muon([group], cpu_world(), torch.float32, row_norm).step()
             moves.append(p.detach())
