@@ -132,7 +132,7 @@ def test_published_commands_of_study_a_train_at_reduced_size(heads, data, tmp_pa
         for form in (
             r"model_params:\d+",
             r"step:3/3 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms.*",
-            r"step:3/3 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d+ms",
+            r"step:3/3 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d+ms.*",
             r"peak memory allocated: \d+ MiB reserved: \d+ MiB",
             r"Code size: \d+ bytes",
             r"Serialized model int8\+zstd: \d+ bytes",
@@ -528,7 +528,9 @@ def test_a_run_stopped_while_it_is_scored_is_bit_equal_too(whole, data, tmp_path
     assert "saved at step 40" in last_line(tmp_path / "runs/late")
     run_here(tmp_path, LONG, data, dict(RUN_ID="late"))
     assert_same_run(tmp_path / "runs/late", whole)
-    assert lines(tmp_path / "runs/late") == lines(whole)
+    again = lines(tmp_path / "runs/late")
+    again.remove(("val", 40))  # scored once more, and to the same figures
+    assert again == lines(whole)
 
 
 def test_a_run_killed_and_then_stopped_resumes_bit_equal(whole, data, tmp_path):
