@@ -2079,7 +2079,7 @@ def quantized(state, roles, step):
 
 def dequantized(codes, scale):
     """The weights of a matrix's codes, or a stack's, in the place of the codes."""
-    if scale.flatten()[0] < 0:
+    if (scale < 0).any():
         return codes.mul_(-scale)
     return from_codes(codes).mul_(scale)
 
@@ -2119,7 +2119,7 @@ def decode_floats(raw, count):
 
 def encode_integers(codes):
     """The parts of a matrix's codes; n follows from their spread."""
-    n = max(0, int(1.25 * codes.abs().mean()).bit_length() - 4)
+    n = int(codes.abs().mean() / 12.8).bit_length()
     integers = codes.flatten().int().numpy()
     upper = integers >> n
     far = abs(upper) > 127
@@ -2133,6 +2133,7 @@ def encode_integers(codes):
 def decode_integers(raw, count):
     """The next `count` codes, flat, float32."""
     n, size = raw.read(1)[0], math.ceil(count / 8)
+    expect(n <= 12, "a code has more than 16 bits")
     codes = np.frombuffer(raw.read(count), np.int8, count).astype(np.float32)
     far = codes == -128
     codes[far] = np.frombuffer(raw.read(2 * far.sum()), "<i2")
@@ -2151,7 +2152,7 @@ def compress(parts, codec):
         stream = zstandard.ZstdCompressor(level=1).compressobj()
         block = zstandard.COMPRESSOBJ_FLUSH_BLOCK
     else:
-        stream = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS | 16, 9, zlib.Z_HUFFMAN_ONLY)
+        stream = zlib.compressobj(wbits=31, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)  # 31: gzip
         block = zlib.Z_FULL_FLUSH
     packed = bytearray()
     for part in filter(None, parts):
@@ -2185,7 +2186,7 @@ def decode_payload(s, payload):
     with torch.device("meta"):  # names and shapes, no memory
         model = GPT(s)
     roles, count = model.parameter_roles(), count_values(model.parameters())
-    # a table that hardly changed takes less than a bit a weight
+    # Huffman's code takes a bit a weight or more; zstd less in a table that training never touched
     most = 32 * len(payload) + 2**26
     expect(count <= most, f"{len(payload)} bytes cannot hold {count} weights")
 
@@ -2223,8 +2224,7 @@ def open_artifact(origin, blob):
     """The Artifact of a file's bytes; UserError for what is none, or is damaged."""
     with blaming(origin, NO_ARTIFACT):
         expect(blob[:8] == MAGIC, f"its format is {blob[:8]}, not {MAGIC}")
-        body = memoryview(blob)[40:]
-        expect(hashlib.sha256(body).digest() == blob[8:40], "checksum mismatch")
+        expect(hashlib.sha256(blob[40:]).digest() == blob[8:40], "checksum mismatch")
         end = blob.index(b"\n", 40, 100_000)
         settings = json.loads(blob[40:end])
         stored = Hyperparameters().as_dict(STORED)  # for settings that are newer than the file
@@ -2280,7 +2280,7 @@ def fit(size, limit):
 def fit_sample(state, roles, codec, limit):
     """`fit` of every n-th column: half a million weights tell the step well enough."""
     count = count_values(state.values())
-    every, sample = 1 + count // 2**19, {}
+    every, sample = max(1, count // 2**19), {}
     for name, weight in state.items():
         sample[name] = torch.atleast_1d(weight)[..., ::every].cpu()
     share = count_values(sample.values()) / count
@@ -2640,11 +2640,11 @@ def train(trainer, shards, validation, log):
         share = progress(step, seconds, s)
         ahead = dict(cuda=len(sent), cpu=0)[world.device.type]
         over = is_over(step, seconds, ahead, s)
-        trainer.model.looped = share >= s.loop_start_frac
 
         # once in a while, and at the end: score the present weights
         due = s.val_loss_every > 0 and step % s.val_loss_every == 0
         if due or over:
+            trainer.model.looped = share >= s.loop_start_frac  # as it is trained, resumed or not
             with clock.paused():
                 trainer.validate(validation, log)
         if over:

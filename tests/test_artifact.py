@@ -259,6 +259,14 @@ def test_matrices_rounded_together_are_rounded_as_alone():
             assert torch.equal(code, alone[0]) and scale.item() == alone[1], name
 
 
+def test_a_matrix_of_zeros_does_not_bear_on_those_rounded_with_it():
+    state = dict(zeros=torch.zeros(16, 24), other=gaussian(16, 24))
+    for step in STEPS:
+        ((_, codes, scales),) = quantized(state, dict.fromkeys(state, "matrix"), step)
+        zeros, other = dequantized(codes, scales)
+        assert not zeros.any() and torch.equal(other, on_grid(state["other"], "matrix", step))
+
+
 def test_a_role_s_grid_is_finer_than_the_matrices_and_less_so_for_a_large_vocabulary():
     """Squared errors go with the square of the step, on fine grids."""
     for rows, tied, vocab in ((72, 16, 8), (1024, 16, 8), (2048, 8, 4), (8192, 2, 1)):
@@ -616,7 +624,7 @@ def test_integers_survive_however_they_are_spread(count, bits, outlier, seed):
     raw = b"".join(encode_integers(codes))
     stream = io.BytesIO(raw + b"next")
     assert torch.equal(decode_integers(stream, count), codes) and stream.read() == b"next"
-    for bad in (b"", raw[:-1], bytes([raw[0] + 100]) + raw[1:]):
+    for bad in (b"", raw[:-1], bytes([13]) + raw[1:] + bytes(99)):
         with pytest.raises((ValueError, IndexError)):
             decode_integers(io.BytesIO(bad), count)
 
@@ -775,6 +783,10 @@ LITTLE = dict(bigram_hash=False, value_embed=False, num_layers=2)
 GENUINE = artifact_of(random_model(**LITTLE), **LITTLE)
 HEADER, RAW_HEADER, PAYLOAD = header_and_payload(GENUINE)
 RAW = gzip.decompress(PAYLOAD)
+FLOATS = sum(
+    1 if ROLES[role].finer else weight.numel()
+    for weight, role in zip(*map(dict.values, weights_of(random_model(**LITTLE))))
+)
 COMPRESS = dict(zlib=gzip.compress, zstd=zstandard.ZstdCompressor().compress)
 
 
@@ -817,7 +829,8 @@ def test_another_format_is_refused_in_one_line_that_says_so():
     for version in (b"5", b"7", b"\n"):
         other = MAGIC[:7] + version
         line = reason(other + GENUINE[8:])
-        assert "format" in line and ascii(other) in line and ascii(MAGIC) in line
+        assert "format" in line and ascii(MAGIC) in line, line
+        assert version == b"\n" or ascii(other) in line, line
 
 
 def test_artifacts_outlive_new_settings_and_unknown_settings_are_refused():
@@ -912,12 +925,12 @@ def test_a_payload_of_other_length_than_its_tensors_is_refused(codec):
         "empty stream": COMPRESS[codec](b""),
     }
     cases = {name: forged(settings, payload) for name, payload in payloads.items()}
-    cases.update(
-        (f"n is {n}", with_raw(bytes([n]) + RAW[1:], codec))
-        for n in (*range(16), 128, 255)
-        if n != RAW[0]
-    )
-    cases["a code far off that is not there"] = with_raw(RAW[:1] + b"\0" + RAW[2:], codec)
+    # n and the first code of the first matrix follow the floats
+    n_at, cut = 4 * FLOATS, RAW[4 * FLOATS + 1 :]
+    for n in (*range(16), 128, 255):
+        if n != RAW[n_at]:
+            cases[f"n is {n}"] = with_raw(RAW[:n_at] + bytes([n]) + cut, codec)
+    cases["a code far off that is not there"] = with_raw(RAW[: n_at + 1] + b"\x80" + cut[1:], codec)
     assert not accepted(cases)
 
 
