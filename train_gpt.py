@@ -37,6 +37,7 @@ import datetime
 import difflib
 import functools
 import glob
+import gzip
 import hashlib
 import io
 import json
@@ -1828,39 +1829,41 @@ def spectrum(model, tokens_N, s):
 #
 # The file, in its order; numbers are little-endian:
 #
-#     8 bytes     magic and version
+#     8 bytes     "GPTHEAD6"
 #     32          SHA-256 of all that follows
-#     4           length of the header, uint32
-#     ...         header, JSON: the settings of model and evaluation; the tensors follow from them
-#     ...         payload, compressed with the header's codec:
-#                     for each matrix, in the model's order:
-#                         1 byte          n, how many low bits are apart
-#                         a byte each     code >> n, plus 128; 0 where that does not fit a byte
-#                         n bits each     bit 0 of all codes, then bit 1 ..., padded to whole bytes
-#                         2 bytes each    int16: what did not fit, in order
+#     a line      JSON: the settings of model and evaluation; the tensors follow from them
+#     ...         payload, packed by gzip (COMPRESS_ALGO=zlib) or zstd:
 #                     float32, all first bytes, then all second ...: for each parameter, in the
 #                     model's order, a matrix's scale or all values of what is no matrix
+#                     for each matrix, in the model's order:
+#                         1 byte          n, how many low bits are apart
+#                         a byte each     int8: code >> n, or -128 where that does not fit
+#                         2 bytes each    int16: what did not fit, in order
+#                         n bits each     bit n - 1 of all codes ..., bit 0, padded to whole bytes
 #
 # A weight is its matrix's scale times a coordinate of the lattice point that its code stands for,
 # with the codes of seven others; with a negative scale (a coarse grid), its size times the code.
 
-MAGIC, VERSION = b"GPTHEAD", b"5"
+MAGIC = b"GPTHEAD6"  # its last byte is the version
 STORED = ("model", "eval")  # the scopes of the settings in the header
 FINEST, COARSEST = 2.0**-7, 2.0**3  # steps over a matrix's RMS; the finest is finer than int8
 # a step where plain rounding gets better: 0.95 for Laplace weights, 1.44 for Gaussian ones
 PLAIN_ABOVE = 1.25
 LARGEST = 32000  # of a matrix over its scale: codes have 16 bits
-TINY = torch.finfo(torch.float32).tiny  # the scale of a matrix of zeros
 NO_ARTIFACT = "is no artifact of this program, or a damaged one"
 
 
 def nearest_d8(x):
-    """Nearest integers of even sum over dimension -2: the one rounded worst gives way."""
+    """Nearest integers of even sum over dimension -2, and their squared distances.
+
+    Where the sum is odd, the one rounded worst gives way.
+    """
     q = x.round()
     error = x - q
     worst = error.abs().argmax(-2, keepdim=True)
     other_way = torch.copysign(q.sum(-2, keepdim=True) % 2, error.gather(-2, worst))
-    return q.scatter_add_(-2, worst, other_way)
+    q.scatter_add_(-2, worst, other_way)
+    return q, (x - q).square().sum(-2, keepdim=True)
 
 
 def to_codes(x):
@@ -1871,10 +1874,8 @@ def to_codes(x):
     """
     whole = x.size(-2) // 8 * 8
     x_8 = x[..., :whole, :].unflatten(-2, (whole // 8, 8))
-    q, half = nearest_d8(x_8), nearest_d8(x_8 - 0.5)
-    q_error = (x_8 - q).square().sum(-2, keepdim=True)
-    half_error = (x_8 - half - 0.5).square().sum(-2, keepdim=True)
-
+    q, q_error = nearest_d8(x_8)
+    half, half_error = nearest_d8(x_8 - 0.5)
     half[..., :1, :] += 1  # both sums are even: an odd one says D8 + 1/2
     q = torch.where(half_error < q_error, half, q)
     return torch.cat((q.flatten(-3, -2), x[..., whole:, :].round()), dim=-2)
@@ -1905,15 +1906,17 @@ def quantized(state, roles, step):
         rows = torch.stack([state[name].flatten(0, -2) for name in names])
         rms = rows.double().square().mean((1, 2), keepdim=True).sqrt()
         largest = rows.abs().amax((1, 2), keepdim=True)
-        scale = torch.maximum((rms * own_step).float(), largest / LARGEST).clamp_min(TINY)
-        exact = rows.div_(scale).nan_to_num_()
-        coarse = own_step > PLAIN_ABOVE
-        yield names, exact.round() if coarse else to_codes(exact), -scale if coarse else scale
+        scale = torch.maximum((rms * own_step).float(), largest / LARGEST)
+        exact = rows.div_(scale).nan_to_num_()  # 0 / 0 in a matrix of zeros
+        if own_step > PLAIN_ABOVE:
+            yield names, exact.round(), -scale
+        else:
+            yield names, to_codes(exact), scale
 
 
 def dequantized(codes, scale):
     """The weights of a matrix's codes, or a stack's, in the place of the codes."""
-    if scale.flatten()[0] < 0:
+    if (scale < 0).any():
         return codes.mul_(-scale)
     return from_codes(codes).mul_(scale)
 
@@ -1928,57 +1931,53 @@ def rounded_weights(model, roles, step):
         yield
         return
     weights = model.state_dict()
-    masters = {name: w.clone() for name, w in weights.items() if ROLES[roles[name]].finer}
+    masters = copy.deepcopy(weights)
     try:
-        for names, codes, scale in quantized(masters, roles, step):
-            for name, rounded in zip(names, dequantized(codes, scale)):
+        for names, codes, scales in quantized(masters, roles, step):
+            for name, rounded in zip(names, dequantized(codes, scales)):
                 weights[name].copy_(rounded.view_as(weights[name]))
         yield
     finally:
-        for name, master in masters.items():
-            weights[name].copy_(master)
+        model.load_state_dict(masters)
 
 
 # each of these pairs is one stretch of the file, written and read
 
 
-def encode_integers(codes):
-    """The parts of a matrix's codes; n follows from their spread."""
-    n = max(0, int(1.25 * codes.abs().mean()).bit_length() - 4)
-    integers = codes.flatten().int().numpy()
-    upper = (integers >> n) + 128
-    far = (upper < 1) | (upper > 255)
-    parts = [bytes([n]), np.where(far, 0, upper).astype(np.uint8).tobytes()]
-    for bit in range(n):
-        parts.append(np.packbits(integers >> bit & 1).tobytes())
-    return [*parts, upper[far].astype("<i2").tobytes()]
-
-
-def decode_integers(raw, count):
-    """The next `count` codes, flat, float32."""
-    n = take(raw, 1)[0]
-    expect(n <= 12, "a code has more than 16 bits")
-    upper = np.frombuffer(take(raw, count), np.uint8).astype(np.float32)
-    planes = [take(raw, math.ceil(count / 8)) for _ in range(n)]
-    far = upper == 0
-    upper[far] = np.frombuffer(take(raw, 2 * int(far.sum())), "<i2")
-    upper -= 128
-    for plane in reversed(planes):
-        upper *= 2
-        upper += np.unpackbits(np.frombuffer(plane, np.uint8), count=count)
-    return torch.from_numpy(upper)
-
-
-def encode_floats(parts):
-    floats = torch.cat([part.flatten() for part in parts])
+def encode_floats(tensors):
+    floats = torch.cat([tensor.flatten() for tensor in tensors])
     return [plane.numpy().tobytes() for plane in floats.view(torch.uint8).view(-1, 4).T]
 
 
 def decode_floats(raw, count):
-    planes = np.frombuffer(take(raw, 4 * count), np.uint8).reshape(4, -1)
-    floats = torch.from_numpy(planes.T.copy()).view(torch.float32).flatten()
-    expect(floats.isfinite().all(), "a value is no number")
-    return floats
+    planes = np.frombuffer(raw.read(4 * count), np.uint8).reshape(4, count)
+    return torch.from_numpy(planes.T.copy()).view(torch.float32).flatten()
+
+
+def encode_integers(codes):
+    """The parts of a matrix's codes; n follows from their spread."""
+    n = int(codes.abs().mean() / 12.8).bit_length()
+    integers = codes.flatten().int().numpy()
+    upper = integers >> n
+    far = abs(upper) > 127
+    parts = [bytes([n]), np.where(far, -128, upper).astype(np.int8).tobytes()]
+    parts.append(upper[far].astype("<i2").tobytes())
+    for bit in reversed(range(n)):
+        parts.append(np.packbits(integers >> bit & 1).tobytes())
+    return parts
+
+
+def decode_integers(raw, count):
+    """The next `count` codes, flat, float32."""
+    n, size = raw.read(1)[0], math.ceil(count / 8)
+    expect(n <= 12, "a code has more than 16 bits")
+    codes = np.frombuffer(raw.read(count), np.int8, count).astype(np.float32)
+    far = codes == -128
+    codes[far] = np.frombuffer(raw.read(2 * far.sum()), "<i2")
+    for _ in range(n):
+        codes *= 2
+        codes += np.unpackbits(np.frombuffer(raw.read(size), np.uint8, size), count=count)
+    return torch.from_numpy(codes)
 
 
 def compress(parts, codec):
@@ -1987,76 +1986,66 @@ def compress(parts, codec):
     Rounded weights hold no repeats: a search for them costs bytes over Huffman's code alone.
     """
     if codec == "zstd":
-        size, block = sum(map(len, parts)), zstandard.COMPRESSOBJ_FLUSH_BLOCK
-        stream = zstandard.ZstdCompressor(level=1).compressobj(size=size)
+        stream = zstandard.ZstdCompressor(level=1).compressobj()
+        block = zstandard.COMPRESSOBJ_FLUSH_BLOCK
     else:
-        stream = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+        stream = zlib.compressobj(wbits=31, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)  # 31: gzip
         block = zlib.Z_FULL_FLUSH
-    packed = []
+    packed = bytearray()
     for part in filter(None, parts):
-        packed += [stream.compress(part), stream.flush(block)]
-    return b"".join([*packed, stream.flush()])
+        packed += stream.compress(part) + stream.flush(block)
+    return packed + stream.flush()
 
 
-def inflate(packed, codec, most):
-    """The inverse of compress; never more than `most` bytes. Raises anything for damage."""
+def inflate(packed, codec):
+    """The parts as a file, inflated only as far as it is read."""
     if codec == "zstd":
-        size = zstandard.frame_content_size(packed)
-        expect(0 <= size <= most, "the payload holds more than its tensors")
-        return zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
-    deflate = zlib.decompressobj()
-    raw = deflate.decompress(packed, most)
-    expect(deflate.eof and not deflate.unused_data, "the payload does not end where it should")
-    return raw
+        zstd = zstandard.ZstdDecompressor(max_window_size=2**23)
+        return zstd.stream_reader(packed, read_across_frames=True)
+    return gzip.GzipFile(fileobj=io.BytesIO(packed))
 
 
 def encode_payload(state, roles, step, codec):
-    """The compressed codes of all matrices, then all floats."""
-    grids = {}
+    """The compressed floats, then the codes of all matrices."""
+    codes_of, floats = {}, dict(state)
     for names, codes, scales in quantized(state, roles, step):
-        grids.update(zip(names, zip(codes, scales)))
-    parts, floats = [], []
-    for name, weight in state.items():
-        if name in grids:
-            codes, weight = grids[name]
-            parts += encode_integers(codes)
-        floats.append(weight)
-    return compress(parts + encode_floats(floats), codec)
+        codes_of.update(zip(names, codes))
+        floats.update(zip(names, scales))
+    parts = encode_floats(floats.values())
+    for name in state:
+        if name in codes_of:
+            parts += encode_integers(codes_of[name])
+    return compress(parts, codec)
 
 
 def decode_payload(s, payload):
     """The weights, float32, of the model of these settings; raises anything for damage."""
     with torch.device("meta"):  # names and shapes, no memory
         model = GPT(s)
-    roles, parameters = model.parameter_roles(), dict(model.named_parameters())
-    count = count_values(parameters.values())
-    expect(count <= 32 * len(payload), f"{len(payload)} bytes cannot hold {count} weights")
+    roles, count = model.parameter_roles(), count_values(model.parameters())
+    # Huffman's code takes a bit a weight or more; zstd less in a table that training never touched
+    most = 32 * len(payload) + 2**26
+    expect(count <= most, f"{len(payload)} bytes cannot hold {count} weights")
 
-    most = 4 * count + len(parameters)  # bytes: a float has 4; a code 1, 12 bits and a rare int16
-    raw = io.BytesIO(inflate(payload, s.compress_algo, most))
-    codes, sizes = {}, []
-    for name, p in parameters.items():
-        sizes.append(p.numel())
-        if ROLES[roles[name]].finer:
-            codes[name] = decode_integers(raw, p.numel()).view(-1, p.size(-1))
-            sizes[-1] = 1  # its scale
+    sizes = []
+    for name, p in model.named_parameters():
+        sizes.append(1 if ROLES[roles[name]].finer else p.numel())
+    raw, state = inflate(payload, s.compress_algo), {}
     floats = decode_floats(raw, sum(sizes)).split(sizes)
-    expect(not raw.read(1), "the payload holds more than its tensors")
-
-    state = {}
-    for (name, p), weight in zip(parameters.items(), floats):
-        if name in codes:
-            weight = dequantized(codes.pop(name), weight)
+    for (name, p), weight in zip(model.named_parameters(), floats):
+        if ROLES[roles[name]].finer:
+            codes = decode_integers(raw, p.numel()).view(-1, p.size(-1))
+            weight = dequantized(codes, weight)
         state[name] = weight.view(p.shape)
+    expect(not raw.read(1), "the payload holds more than its tensors")
     return state
 
 
 def encode(state, roles, s, step):
     """The artifact's bytes, a pure function of the arguments."""
-    header = json.dumps(dict(settings=s.as_dict(STORED)), separators=(",", ":")).encode()
-    payload = encode_payload(state, roles, step, s.compress_algo)
-    body = b"".join([len(header).to_bytes(4, "little"), header, payload])
-    return MAGIC + VERSION + hashlib.sha256(body).digest() + body
+    header = json.dumps(s.as_dict(STORED), separators=(",", ":")).encode()
+    body = header + b"\n" + encode_payload(state, roles, step, s.compress_algo)
+    return MAGIC + hashlib.sha256(body).digest() + body
 
 
 @dataclass(frozen=True)
@@ -2065,26 +2054,22 @@ class Artifact:
 
     origin: str
     stored: dict
-    payload: memoryview
+    payload: bytes
 
 
 def open_artifact(origin, blob):
     """The Artifact of a file's bytes; UserError for what is none, or is damaged."""
-    if blob[:7] == MAGIC and blob[7:8] != VERSION:
-        raise UserError(f"{origin}: has format {ascii(blob[7:8])}; this program reads {VERSION}")
     with blaming(origin, NO_ARTIFACT):
-        expect(blob[:7] == MAGIC, "wrong magic")
-        body = memoryview(blob)[40:]
-        expect(hashlib.sha256(body).digest() == blob[8:40], "checksum mismatch")
-        end = 4 + int.from_bytes(body[:4], "little")
-        expect(end <= min(len(body), 100_000), "its header claims more bytes than it can have")
-        settings = json.loads(bytes(body[4:end]))["settings"]
+        expect(blob[:8] == MAGIC, f"its format is {blob[:8]}, not {MAGIC}")
+        expect(hashlib.sha256(blob[40:]).digest() == blob[8:40], "checksum mismatch")
+        end = blob.index(b"\n", 40, 100_000)
+        settings = json.loads(blob[40:end])
         stored = Hyperparameters().as_dict(STORED)  # for settings that are newer than the file
         expect(settings.keys() <= stored.keys(), "it has settings unknown here")
         for name, value in settings.items():
             stored[name] = parse(name.upper(), as_text(value), name)
         check(check_head(Hyperparameters(**stored)))
-    return Artifact(origin, stored, body[end:])
+    return Artifact(origin, stored, blob[end + 1 :])
 
 
 def artifact_weights(artifact):
@@ -2104,13 +2089,6 @@ def expect(condition, otherwise):
         raise ValueError(otherwise)
 
 
-def take(raw, count):
-    """The next bytes; ValueError where there are fewer."""
-    part = raw.read(count)
-    expect(len(part) == count, "the payload ends too early")
-    return part
-
-
 def fit(size, limit):
     """The finest step with size(step) <= limit, to 0.1% of it; COARSEST if nothing fits.
 
@@ -2118,9 +2096,7 @@ def fit(size, limit):
     octaves is climbed from the finest step on; then its last octave is bisected.
     """
     fitting = FINEST
-    while size(fitting) > limit:
-        if fitting >= COARSEST:
-            return COARSEST
+    while fitting < COARSEST and size(fitting) > limit:
         fitting *= 2
     if fitting == FINEST:
         return FINEST
@@ -2141,17 +2117,16 @@ def fit(size, limit):
 def fit_sample(state, roles, codec, limit):
     """`fit` of every n-th column: half a million weights tell the step well enough."""
     count = count_values(state.values())
-    every = max(1, count // 2**19)
-    sample = {}
+    every, sample = max(1, count // 2**19), {}
     for name, weight in state.items():
-        sample[name] = torch.atleast_1d(weight)[..., ::every].float().cpu()
+        sample[name] = torch.atleast_1d(weight)[..., ::every].cpu()
     share = count_values(sample.values()) / count
-    return fit(lambda step: len(encode_payload(sample, roles, step, codec)) / share, limit)
+    return fit(lambda step: len(encode_payload(sample, roles, step, codec)), limit * share)
 
 
 def pack(state, roles, s, limit):
     """The finest artifact within `limit` bytes, and its step; the same for the same weights."""
-    state = {name: weight.detach().float().cpu() for name, weight in state.items()}
+    state = {name: weight.cpu() for name, weight in state.items()}
     step = fit(lambda step: len(encode(state, roles, s, step)), limit)
     return encode(state, roles, s, step), step
 
@@ -2167,14 +2142,11 @@ def read_artifact(variable, name, world):
 
 def adopt(model, artifact, weights, s):
     """Start a model from an artifact's trunk, and from its head if that is the same; says which."""
-    own = model.state_dict()
-    shapes = [{name: w.shape for name, w in state.items()} for state in (weights, own)]
-    kind = (artifact.stored["head_type"], artifact.stored["head_variant"])
-    if shapes[0] == shapes[1] and kind == (s.head_type, s.head_variant):
+    if s.as_dict(("model",)).items() <= artifact.stored.items():
         model.load_state_dict(weights)
         return "trunk and head"
-    head = {f"head.{name}" for name in model.head.state_dict()}
-    model.load_state_dict({name: weights[name] for name in own.keys() - head}, strict=False)
+    own_head = model.head.state_dict(prefix="head.")
+    model.load_state_dict({**weights, **own_head}, strict=False)
     model.head.copy_embedding(model.tok_emb.weight)
     return "trunk"
 
@@ -2269,7 +2241,7 @@ def earlier_run(folder, s, facts):
                 expect(archive.testzip() is None, "checksum mismatch")
             checkpoint = torch.load(saved, map_location="cpu", weights_only=True)
             then = {**checkpoint["settings"], **checkpoint["facts"]}
-            numbers = checkpoint["seconds"] + checkpoint["grid"] + checkpoint["validated"]
+            numbers = checkpoint["seconds"] + checkpoint["grid"]
             expect(math.isfinite(numbers), "a number is none")
 
     now = {**s.as_dict(), **facts}
@@ -2287,21 +2259,20 @@ class Clock:
     """Seconds between `start` and `stop`, added up; the device is waited for at both."""
 
     def __init__(self, world, seconds=0.0):
-        self.world, self.banked, self.started = world, seconds, None
+        self.device = torch.get_device_module(world.device)
+        self.banked, self.started = seconds, math.inf  # inf: it stands still
 
     def seconds(self):
-        if self.started is None:
-            return self.banked
-        return self.banked + time.perf_counter() - self.started
+        return self.banked + max(0.0, time.perf_counter() - self.started)
 
     def start(self):
-        torch.get_device_module(self.world.device).synchronize()
+        self.device.synchronize()
         self.started = time.perf_counter()
         return self
 
     def stop(self):
-        torch.get_device_module(self.world.device).synchronize()
-        self.banked, self.started = self.seconds(), None
+        self.device.synchronize()
+        self.banked, self.started = self.seconds(), math.inf
         return self.banked
 
     @contextmanager
@@ -2325,9 +2296,7 @@ class Trainer:
         self.average = copy.deepcopy(self.weights) if s.use_ema else []
         self.steps, self.clock = 0, Clock(world)
         self.grid = 0.0  # the export's step that late QAT trains through; 0: not yet
-        self.validated = -1  # the step last validated
         self.whole = True  # False while a step is applied
-        model.looped = s.loop_start_frac == 0
 
     def step(self, batches, scale, share):
         """Train on this rank's micro-batches; the mean loss of all ranks, a scalar on the device.
@@ -2354,15 +2323,13 @@ class Trainer:
                 if share < group["start"]:
                     group["lr"] = 0.0
                     torch._foreach_zero_([p.grad for p in group["params"]])
-                if "momentum" in group:
-                    group["momentum"] = momentum_at(self.steps, s)
+                group["momentum"] = momentum_at(self.steps, s)  # Adam has its own
 
-        # over all ranks; a norm that is no number is told as the loss, without waiting for it here
+        # over all ranks
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.world.average([*gradients, total])
         if s.grad_clip_norm:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.grad_clip_norm)
-            total = torch.where(norm.isfinite(), total, norm)
+            torch.nn.utils.clip_grad_norm_(self.parameters, s.grad_clip_norm)
 
         # the step itself, and the moving average
         self.whole = False
@@ -2398,29 +2365,22 @@ class Trainer:
             steps=self.steps,
             seconds=self.clock.seconds(),
             grid=self.grid,
-            validated=self.validated,
             tensors=self.tensors(),
         )
 
     def restore(self, state):
-        self.steps, self.grid, self.validated = state["steps"], state["grid"], state["validated"]
-        self.whole, self.clock = True, Clock(self.world, state["seconds"])
-        for tensor, saved in zip(self.tensors(), state["tensors"]):
+        """Take over a state; raises anything where that is not one of this run."""
+        for tensor, saved in zip(self.tensors(), state["tensors"], strict=True):
+            alike = tensor.shape == saved.shape and tensor.dtype == saved.dtype
+            expect(alike, "it has other tensors")
             tensor.copy_(saved)
-
-    def resume(self, checkpoint, path):
-        """Take over a checkpoint; UserError where its content is not that of this run's state."""
-        with blaming(path, "is damaged, delete it"):
-            saved = [(tensor.shape, tensor.dtype) for tensor in checkpoint["tensors"]]
-            expect(saved == [(t.shape, t.dtype) for t in self.tensors()], "it has other tensors")
-            expect(
-                0 <= checkpoint["steps"] <= self.settings.iterations, "its step is outside the run"
-            )
-            self.restore(checkpoint)
+        expect(state["steps"] in range(self.settings.iterations + 1), "its step is not the run's")
+        self.grid, self.clock = state["grid"], Clock(self.world, state["seconds"])
+        self.steps = int(state["steps"])
 
     def save(self, log):
         """Write checkpoint.pt on rank 0, unless the state is broken: then the one before stays."""
-        good = self.whole and all(weight.isfinite().all() for weight in self.weights)
+        good = self.whole and nn.utils.get_total_norm(self.weights).isfinite()
         if good and log.folder is not None:
             buffer = io.BytesIO()
             torch.save(dict(self.state(), settings=self.settings.as_dict()), buffer)
@@ -2435,10 +2395,10 @@ class Trainer:
             raise UserError(f"{log.folder}: has less than {needed} bytes free; free the disk")
 
         if checkpoint is None:
-            trained = count_values(filter(lambda p: p.requires_grad, self.parameters))
-            log.write(f"model_params:{count}\ntrained_params:{trained}")
+            log.write(f"model_params:{count}")
         else:
-            self.resume(checkpoint, Path("runs") / s.run_id / "checkpoint.pt")
+            with blaming(f"runs/{s.run_id}/checkpoint.pt", "is damaged, delete it"):
+                self.restore(checkpoint)
             log.write(f"resumed at step {self.steps}")
         if self.loss is not self.model:
             log.write("compiling: the first steps take minutes, outside the clock")
@@ -2452,77 +2412,48 @@ class Trainer:
 
     def validate(self, validation, log):
         """Score the present weights, plainly, and log it."""
-        s, step, seconds = self.settings, self.steps, self.clock.seconds()
+        s = self.settings
         loss, bpb = evaluate(self.model, validation, s.train_seq_len, s, self.world)
-        check_finite(loss, step)
-        log.write(
-            f"step:{step}/{s.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f}"
-            f" {timing(step, seconds)}",
-            kind="val",
-            step=step,
-            val_loss=loss,
-            val_bpb=bpb,
-            train_seconds=seconds,
-        )
-        self.validated = step
+        check_finite(loss, self.steps)
+        text = f"val_loss:{loss:.4f} val_bpb:{bpb:.4f}"
+        self.record(log, "val", text, val_loss=loss, val_bpb=bpb)
 
-    def report(self, loss, scale, log):
-        """The log line of the last step."""
+    def record(self, log, kind, text, **figures):
+        """A line of the log about the present step, and its figures in metrics.jsonl."""
         s, step, seconds = self.settings, self.steps, self.clock.seconds()
-        speed = step * s.train_batch_tokens / seconds
-        left = (s.iterations - step) * seconds / step
-        if s.max_wallclock_seconds:
-            left = min(left, max(0.0, s.max_wallclock_seconds - seconds))
-        log.write(
-            f"step:{step}/{s.iterations} train_loss:{loss:.4f} {timing(step, seconds)}"
-            f" lr_scale:{scale:.3f} tokens/s:{speed:.0f} eta:{left:.0f}s",
-            kind="train",
-            step=step,
-            train_loss=loss,
-            train_seconds=seconds,
-            lr_scale=scale,
-            tokens_per_second=speed,
-        )
+        each = 1000 * seconds / max(step, 1)
+        timing = f"train_time:{1000 * seconds:.0f}ms step_avg:{each:.2f}ms"
+        left = max(0.0, seconds / max(progress(step, seconds, s), 1e-9) - seconds)
+        line = f"step:{step}/{s.iterations} {text} {timing} eta:{left:.0f}s"
+        log.write(line, kind=kind, step=step, train_seconds=seconds, **figures)
 
     def start_late_qat(self, log):
         """From now on train through the rounding at which the present weights would fit the cap."""
-        s, world = self.settings, self.world
-        if world.rank == 0:
-            weights, limit = self.model.state_dict(), s.size_limit_bytes - len(source())
-            self.grid = fit_sample(weights, self.roles, s.compress_algo, limit)
-        self.grid = world.agree(self.grid)
+        s, weights = self.settings, self.model.state_dict()
+        limit = s.size_limit_bytes - len(source())
+        step = fit_sample(weights, self.roles, s.compress_algo, limit)
+        self.grid = self.world.agree(step)
         log.write(f"late_qat: from step {self.steps}, quantization step {self.grid:.4g}")
 
 
-def timing(step, seconds):
-    each = 1000 * seconds / max(step, 1)
-    return f"train_time:{1000 * seconds:.0f}ms step_avg:{each:.2f}ms"
+def send(loss, step):
+    """A step's loss on its way to the host, and the event after which it is there."""
+    host, event = loss.to("cpu", non_blocking=True), torch.get_device_module(loss.device).Event()
+    event.record()
+    return step, host, event
 
 
-class LossQueue:
-    """Losses on their way to the host: reading one waits for its step, not for later ones."""
-
-    def __init__(self):
-        self.waiting = []
-
-    def push(self, step, loss):
-        host = loss.to("cpu", non_blocking=True)
-        event = torch.cuda.current_stream().record_event() if loss.is_cuda else None
-        self.waiting.append((step, host, event))
-
-    def pop(self):
-        """The oldest loss; UserError where it is no number."""
-        step, host, event = self.waiting.pop(0)
-        if event is not None:
-            event.synchronize()
-        check_finite(host.item(), step)
-        return host.item()
+def receive(step, host, event):
+    """That loss: it waits for its step, not for later ones. UserError where it is no number."""
+    event.synchronize()
+    check_finite(host.item(), step)
+    return host.item()
 
 
 def train(trainer, shards, validation, log):
     """Train until ITERATIONS or the time cap; ends with a validation and a checkpoint."""
     s, world, clock = trainer.settings, trainer.world, trainer.clock.start()
-    losses, last_save = LossQueue(), clock.seconds()
+    sent, last_save = [], clock.seconds()  # losses on their way, seconds
     thread = ThreadPoolExecutor(1, initializer=world.use_device)  # prepares the next batch
     upcoming = thread.submit(train_batch, shards, trainer.steps, s, world)
     while True:
@@ -2532,12 +2463,13 @@ def train(trainer, shards, validation, log):
         if number:
             raise Interrupted(number)
         share = progress(step, seconds, s)
-        ahead = dict(cuda=len(losses.waiting), cpu=0)[world.device.type]
+        ahead = dict(cuda=len(sent), cpu=0)[world.device.type]
         over = is_over(step, seconds, ahead, s)
 
         # once in a while, and at the end: score the present weights
         due = s.val_loss_every > 0 and step % s.val_loss_every == 0
-        if (due or over) and trainer.validated != step:
+        if due or over:
+            trainer.model.looped = share >= s.loop_start_frac  # as it is trained, resumed or not
             with clock.paused():
                 trainer.validate(validation, log)
         if over:
@@ -2555,24 +2487,22 @@ def train(trainer, shards, validation, log):
             trainer.start_late_qat(log)
         batches = upcoming.result()
         upcoming = thread.submit(train_batch, shards, step + 1, s, world)
-        losses.push(step + 1, trainer.step(batches, scale, share))
+        sent.append(send(trainer.step(batches, scale, share), step + 1))
 
         # the host runs one step ahead of the device, or none where this step is logged
-        if len(losses.waiting) > 1:
-            losses.pop()
+        if len(sent) > 1:
+            receive(*sent.pop(0))
         if s.train_log_every and (step < 10 or (step + 1) % s.train_log_every == 0):
-            trainer.report(losses.pop(), scale, log)
+            loss = receive(*sent.pop())
+            text = f"train_loss:{loss:.4f}"
+            trainer.record(log, "train", text, train_loss=loss, lr_scale=scale)
 
     if step < s.iterations:
-        alone = step == 1 and clock.seconds() > s.max_wallclock_seconds
-        first = " (the first step alone took longer than the cap)" if alone else ""
         spent = f"train_time:{1000 * clock.seconds():.0f}ms step:{step}/{s.iterations}"
-        log.write(f"stopping_early: wallclock_cap {spent}{first}")
-    log.write(f"trained for {clock.stop():.2f} s")
-    try:
+        log.write(f"stopping_early: wallclock_cap {spent}")
+    clock.stop()
+    with suppress(UserError):  # a disk too full for a checkpoint may still hold the artifact
         trainer.save(log)
-    except UserError as error:  # a disk too full for a checkpoint may still hold the artifact
-        log.write(f"no checkpoint: {error}")
 
 
 # ---- Finish: score, export, reload from disk, score, write submission.json -----------------------

@@ -1,6 +1,7 @@
 """The export's grid, its fit under the cap, the file and its readers, late QAT on the grid, and what a hostile file can do."""
 
 import copy
+import gzip
 import hashlib
 import io
 import itertools
@@ -38,7 +39,6 @@ from train_gpt import (
     PLAIN_ABOVE,
     ROLES,
     VARIANTS,
-    VERSION,
     Hyperparameters,
     UserError,
     artifact_weights,
@@ -257,6 +257,14 @@ def test_matrices_rounded_together_are_rounded_as_alone():
             rows = state[name].view(-1, state[name].size(-1))
             alone = codes_and_scale(rows, roles[name], 0.2)
             assert torch.equal(code, alone[0]) and scale.item() == alone[1], name
+
+
+def test_a_matrix_of_zeros_does_not_bear_on_those_rounded_with_it():
+    state = dict(zeros=torch.zeros(16, 24), other=gaussian(16, 24))
+    for step in STEPS:
+        ((_, codes, scales),) = quantized(state, dict.fromkeys(state, "matrix"), step)
+        zeros, other = dequantized(codes, scales)
+        assert not zeros.any() and torch.equal(other, on_grid(state["other"], "matrix", step))
 
 
 def test_a_role_s_grid_is_finer_than_the_matrices_and_less_so_for_a_large_vocabulary():
@@ -532,43 +540,39 @@ def lattice_points(codes):
 
 def read_by_the_picture(blob):
     """The settings and weights of a file, by the picture at the top of the Artifact section alone."""
-    assert blob[:8] == b"GPTHEAD5" and blob[8:40] == hashlib.sha256(blob[40:]).digest()
-    (length,) = struct.unpack("<I", blob[40:44])
-    settings = json.loads(blob[44 : 44 + length])["settings"]
-    inflate = zlib.decompress
+    assert blob[:8] == b"GPTHEAD6" and blob[8:40] == hashlib.sha256(blob[40:]).digest()
+    header, _, payload = blob[40:].partition(b"\n")
+    settings = json.loads(header)
+    inflate = gzip.decompress
     if settings["compress_algo"] == "zstd":
-        inflate = zstandard.ZstdDecompressor().decompress
-    raw = io.BytesIO(inflate(blob[44 + length :]))
+        inflate = zstandard.ZstdDecompressor().decompressobj().decompress
+    raw = io.BytesIO(inflate(payload))
     model = GPT(small(**settings))
     roles, parameters = model.parameter_roles(), dict(model.named_parameters())
 
+    # scales and scalars
+    sizes = {name: p.numel() if "scalar" in roles[name] else 1 for name, p in parameters.items()}
+    planes = np.frombuffer(raw.read(4 * sum(sizes.values())), np.uint8).reshape(4, -1)
+    floats, weights = iter(planes.T.copy().view("<f4").flatten()), {}
+    floats_of = {name: [next(floats) for _ in range(size)] for name, size in sizes.items()}
+
     # integers of the matrices
-    codes = {}
     for name, p in parameters.items():
         if "scalar" in roles[name]:
+            weights[name] = torch.tensor(np.array(floats_of[name])).view(p.shape)
             continue
         (n,) = raw.read(1)
-        upper = np.array([*raw.read(p.numel())])
+        upper = np.frombuffer(raw.read(p.numel()), np.int8).astype(int)
+        for i in np.flatnonzero(upper == -128):
+            (upper[i],) = struct.unpack("<h", raw.read(2))
         low = np.zeros(p.numel(), dtype=int)
-        for bit in range(n):
+        for bit in reversed(range(n)):
             plane = np.frombuffer(raw.read(math.ceil(p.numel() / 8)), np.uint8)
             low += np.unpackbits(plane)[: p.numel()].astype(int) << bit
-        for i in np.flatnonzero(upper == 0):
-            (upper[i],) = struct.unpack("<h", raw.read(2))
-        codes[name] = (((upper - 128) << n) + low).reshape(-1, p.size(-1))
-
-    # scales and scalars
-    planes = np.frombuffer(raw.read(), np.uint8).reshape(4, -1)
-    floats, weights = iter(planes.T.copy().view("<f4").flatten()), {}
-    for name, p in parameters.items():
-        if name in codes:
-            scale = next(floats)
-            points = codes[name].astype(np.float32) if scale < 0 else lattice_points(codes[name])
-            values = abs(scale) * points
-        else:
-            values = np.array([next(floats) for _ in range(p.numel())])
-        weights[name] = torch.from_numpy(values).view(p.shape)
-    assert next(floats, None) is None
+        codes, (scale,) = ((upper << n) + low).reshape(-1, p.size(-1)), floats_of[name]
+        points = codes.astype(np.float32) if scale < 0 else lattice_points(codes)
+        weights[name] = torch.from_numpy(abs(scale) * points).view(p.shape)
+    assert raw.read() == b""
     return settings, weights
 
 
@@ -621,24 +625,21 @@ def test_integers_survive_however_they_are_spread(count, bits, outlier, seed):
     stream = io.BytesIO(raw + b"next")
     assert torch.equal(decode_integers(stream, count), codes) and stream.read() == b"next"
     for bad in (b"", raw[:-1], bytes([13]) + raw[1:] + bytes(99)):
-        with pytest.raises(ValueError):
+        with pytest.raises((ValueError, IndexError)):
             decode_integers(io.BytesIO(bad), count)
 
 
-def test_floats_survive_bit_for_bit_and_others_are_refused():
-    """Of all patterns of bits, those of numbers."""
+def test_floats_survive_bit_for_bit():
+    """Of all patterns of bits."""
     patterns = np.random.default_rng(0).integers(-(2**31), 2**31, 10**5, dtype=np.int32)
     values = torch.from_numpy(patterns).view(torch.float32)
-    values = values[values.isfinite()]
     rare = torch.tensor([[0.0, -0.0], [1e-45, -1e-45], [3.4e38, 0.1]])
     raw = b"".join(encode_floats([values, rare, torch.tensor(0.3)]))
-    found = decode_floats(io.BytesIO(raw), len(values) + 7)
+    found = decode_floats(io.BytesIO(raw + b"next"), len(values) + 7)
     expected = torch.cat((values, rare.flatten(), torch.tensor([0.3])))
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
-    for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(ValueError):
-            raw = b"".join(encode_floats([values, torch.tensor(bad)]))
-            decode_floats(io.BytesIO(raw), len(values) + 1)
+    with pytest.raises(ValueError):
+        decode_floats(io.BytesIO(raw[:-1]), len(values) + 7)
 
 
 def test_scalars_are_exact_whatever_their_shape_and_size():
@@ -763,36 +764,40 @@ def test_gradients_are_taken_at_the_rounded_weights():
 
 
 def sealed(body):
-    return MAGIC + VERSION + hashlib.sha256(body).digest() + body
+    return MAGIC + hashlib.sha256(body).digest() + body
 
 
-def forged(header, payload, length=None):
+def forged(header, payload):
     """An artifact with a right checksum around any header (an object, or its bytes) and payload."""
     if not isinstance(header, bytes):
         header = json.dumps(header, separators=(",", ":")).encode()
-    return sealed(struct.pack("<I", len(header) if length is None else length) + header + payload)
+    return sealed(header + b"\n" + payload)
 
 
 def header_and_payload(blob):
-    end = 44 + struct.unpack("<I", blob[40:44])[0]
-    return json.loads(blob[44:end]), blob[44:end], blob[end:]
+    header, _, payload = blob[40:].partition(b"\n")
+    return json.loads(header), header, payload
 
 
 LITTLE = dict(bigram_hash=False, value_embed=False, num_layers=2)
 GENUINE = artifact_of(random_model(**LITTLE), **LITTLE)
 HEADER, RAW_HEADER, PAYLOAD = header_and_payload(GENUINE)
-RAW = zlib.decompress(PAYLOAD)
-COMPRESS = dict(zlib=zlib.compress, zstd=zstandard.ZstdCompressor().compress)
+RAW = gzip.decompress(PAYLOAD)
+FLOATS = sum(
+    1 if ROLES[role].finer else weight.numel()
+    for weight, role in zip(*map(dict.values, weights_of(random_model(**LITTLE))))
+)
+COMPRESS = dict(zlib=gzip.compress, zstd=zstandard.ZstdCompressor().compress)
 
 
 def with_settings(**changes):
-    return forged(dict(settings={**HEADER["settings"], **changes}), PAYLOAD)
+    return forged({**HEADER, **changes}, PAYLOAD)
 
 
 def with_raw(raw, codec="zlib"):
     """Other contents of the payload, well compressed."""
-    settings = {**HEADER["settings"], "compress_algo": codec}
-    return forged(dict(settings=settings), COMPRESS[codec](raw))
+    settings = dict(HEADER, compress_algo=codec)
+    return forged(settings, COMPRESS[codec](raw))
 
 
 def reason(blob):
@@ -811,7 +816,7 @@ def accepted(cases):
 
 
 def without(name):
-    return {key: value for key, value in HEADER["settings"].items() if key != name}
+    return {key: value for key, value in HEADER.items() if key != name}
 
 
 def test_the_forger_s_tools_can_make_a_genuine_artifact():
@@ -821,22 +826,24 @@ def test_the_forger_s_tools_can_make_a_genuine_artifact():
 
 
 def test_another_format_is_refused_in_one_line_that_says_so():
-    for version in (b"4", b"6", b"\n"):
-        line = reason(MAGIC + version + GENUINE[8:])
-        assert "format" in line and ascii(version)[1:] in line and "5" in line
+    for version in (b"5", b"7", b"\n"):
+        other = MAGIC[:7] + version
+        line = reason(other + GENUINE[8:])
+        assert "format" in line and ascii(MAGIC) in line, line
+        assert version == b"\n" or ascii(other) in line, line
 
 
 def test_artifacts_outlive_new_settings_and_unknown_settings_are_refused():
     """A setting that is newer than the file has its default."""
     expected = opened(GENUINE)
     for name in STORED:
-        default, own = FIELDS[name.upper()].default, HEADER["settings"][name]
-        blob = forged(dict(settings=without(name)), PAYLOAD)
+        default, own = FIELDS[name.upper()].default, HEADER[name]
+        blob = forged(without(name), PAYLOAD)
         if name in ("rope_dims", "value_embed"):  # their defaults do not fit the little model
             assert "must be" in reason(blob)
             continue
         stored = open_artifact("x", blob).stored
-        assert stored == {**HEADER["settings"], name: default}
+        assert stored == {**HEADER, name: default}
         if default == own:
             assert all(torch.equal(w, expected[n]) for n, w in opened(blob).items()), name
     refusals = {
@@ -850,8 +857,7 @@ def test_a_container_that_is_not_whole_is_refused():
     cases = {
         "empty": b"",
         "magic only": MAGIC,
-        "magic and version": MAGIC + VERSION,
-        "wrong magic": b"GPTHEAP5" + GENUINE[8:],
+        "wrong magic": b"GPTHEAP6" + GENUINE[8:],
         "zip": b"PK\x03\x04" + bytes(100),
         "no body": sealed(b""),
         "three bytes of body": sealed(b"abc"),
@@ -859,20 +865,18 @@ def test_a_container_that_is_not_whole_is_refused():
         "wrong checksum": GENUINE[:8] + bytes(32) + GENUINE[40:],
         "trailing byte": GENUINE + b"x",
         "cut": GENUINE[:-9],
-        "header longer than the file": forged(RAW_HEADER, PAYLOAD, 2**32 - 1),
-        "header cut": forged(RAW_HEADER, PAYLOAD, 100),
-        "header takes payload": forged(RAW_HEADER, PAYLOAD, len(RAW_HEADER) + 5),
+        "a header without end": sealed(RAW_HEADER),
+        "header cut": forged(RAW_HEADER[:100], PAYLOAD),
+        "header takes payload": forged(RAW_HEADER + PAYLOAD[:5], PAYLOAD[5:]),
         "header longer than any": forged(RAW_HEADER + b" " * 100_000, PAYLOAD),
         "not json": forged(b"{ends:1}", PAYLOAD),
         "not utf-8": forged(b"\xff\xfe\xfa" + RAW_HEADER, PAYLOAD),
         "deep json": forged(b"[" * 90_000, PAYLOAD),
-        "deep settings": forged(b'{"settings":' + b'{"a":' * 10_000, PAYLOAD),
-        "huge number": forged(b'{"settings":' + b"9" * 10_000 + b"}", PAYLOAD),
+        "deep settings": forged(b'{"a":' * 10_000, PAYLOAD),
+        "huge number": forged(b'{"head_k":' + b"9" * 10_000 + b"}", PAYLOAD),
     }
-    for value in (None, 3, [], {}, "x", [[]], dict(setting=HEADER["settings"])):
+    for value in (None, 3, [], {}, "x", [[]], [["a", 1]], True, dict(settings=HEADER)):
         cases[f"header is {value!r}"[:40]] = forged(value, PAYLOAD)
-    for value in (None, 3, "abc", [], [["a", 1]], True):
-        cases[f"settings {value!r}"] = forged(dict(settings=value), PAYLOAD)
     assert not accepted(cases)
 
 
@@ -914,7 +918,7 @@ def test_stored_settings_that_contradict_each_other_are_refused_under_the_file_s
 @each_codec
 def test_a_payload_of_other_length_than_its_tensors_is_refused(codec):
     """Whatever its place: hidden behind the stream, inside it, between its stretches, or missing."""
-    settings = {**HEADER["settings"], "compress_algo": codec}
+    settings = dict(HEADER, compress_algo=codec)
     stream, middle = COMPRESS[codec](RAW), len(RAW) // 2
     payloads = {
         "none": b"",
@@ -931,42 +935,14 @@ def test_a_payload_of_other_length_than_its_tensors_is_refused(codec):
         "a byte between": COMPRESS[codec](RAW[:middle] + b"x" + RAW[middle:]),
         "empty stream": COMPRESS[codec](b""),
     }
-    cases = {name: forged(dict(settings=settings), payload) for name, payload in payloads.items()}
-    cases.update(
-        (f"n is {n}", with_raw(bytes([n]) + RAW[1:], codec))
-        for n in (*range(16), 128, 255)
-        if n != RAW[0]
-    )
-    cases["a code far off that is not there"] = with_raw(RAW[:1] + b"\0" + RAW[2:], codec)
+    cases = {name: forged(settings, payload) for name, payload in payloads.items()}
+    # n and the first code of the first matrix follow the floats
+    n_at, cut = 4 * FLOATS, RAW[4 * FLOATS + 1 :]
+    for n in (*range(16), 128, 255):
+        if n != RAW[n_at]:
+            cases[f"n is {n}"] = with_raw(RAW[:n_at] + bytes([n]) + cut, codec)
+    cases["a code far off that is not there"] = with_raw(RAW[: n_at + 1] + b"\x80" + cut[1:], codec)
     assert not accepted(cases)
-
-
-def test_a_zstandard_frame_that_hides_its_size_or_lies_about_it_is_refused():
-    header = dict(settings={**HEADER["settings"], "compress_algo": "zstd"})
-    unknown = zstandard.ZstdCompressor(write_content_size=False).compress(RAW)
-    honest = zstandard.ZstdCompressor().compress(RAW)
-    size = struct.pack("<I", len(RAW))
-    size = size if size in honest[:12] else struct.pack("<H", len(RAW) - 256)
-    place = honest.index(size)
-    assert not reason(forged(header, honest)) and place < 12
-    cases = {"no size": forged(header, unknown)}
-    for lie in (1, -1, 100, -100):
-        wrong = int.from_bytes(size, "little") + lie
-        frame = honest.replace(size, wrong.to_bytes(len(size), "little"), 1)
-        cases[f"{lie} more"] = forged(header, frame)
-    assert not accepted(cases)
-
-
-@each_codec
-def test_weights_that_are_no_numbers_are_refused(codec):
-    """In the last two names it is the scale that is none."""
-    names = ("skip_weights", "smear.gate", "tok_emb.weight", "blocks.1.mlp.down.weight")
-    changes = dict(LITTLE, compress_algo=codec)
-    for name, value in itertools.product(names, (math.nan, math.inf, -math.inf)):
-        model = random_model(**changes)
-        dict(model.named_parameters())[name].data.view(-1)[-1] = value
-        for step in (FINEST, COARSEST):
-            assert "no number" in reason(artifact_of(model, step, **changes)), (name, value)
 
 
 def peak_bytes(action):
@@ -985,12 +961,9 @@ def resident_peak():
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def test_more_than_32_weights_a_byte_are_refused_before_anything_is_inflated():
-    """However many they are: 80 GB would be allocated for the second claim."""
-    count = sum(weight.numel() for weight in opened(GENUINE).values())
-    fewest = math.ceil(count / 32)
+def test_weights_for_which_a_file_has_too_few_bytes_are_refused_before_anything_is_inflated():
+    """32 a byte and 2^26, however many they are: 80 GB would be allocated for the first claim."""
     with mock.patch.object(train_gpt, "inflate", wraps=train_gpt.inflate) as inflate:
-        assert "cannot hold" in reason(forged(HEADER, bytes(fewest - 1)))
         claims = (
             dict(vocab_size=2**16, model_dim=2**16, head_type="untied"),
             dict(vocab_size=2**16, model_dim=2**16, mlp_mult=64, num_heads=2**10),
@@ -1003,6 +976,7 @@ def test_more_than_32_weights_a_byte_are_refused_before_anything_is_inflated():
                     head_rank=2**16,
                     head_dim=2**16,
                     vocab_size=2**16,
+                    model_dim=2**10,
                 )
                 for head in ALL_HEADS
                 if head not in ("tied", "untied")
@@ -1015,21 +989,36 @@ def test_more_than_32_weights_a_byte_are_refused_before_anything_is_inflated():
             assert "cannot hold" in reason(blob), claim
         assert resident_peak() - before < 2**26
         assert not inflate.called
-        assert reason(forged(HEADER, bytes(fewest))) and inflate.called
+
+        # at the bound
+        claim = dict(HEADER, bigram_hash=True, bigram_vocab_size=2**21, bigram_dim=36)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in GPT(small(**claim)).parameters())
+        fewest = math.ceil((count - 2**26) / 32)
+        assert "cannot hold" in reason(forged(claim, bytes(fewest - 1))) and not inflate.called
+        assert reason(forged(claim, bytes(fewest))) and inflate.called
+
+
+@each_codec
+def test_a_file_of_more_than_32_weights_a_byte_is_read_where_they_are_equal(codec):
+    """A large table that was never touched takes zstd next to nothing."""
+    changes = dict(LITTLE, bigram_hash=True, bigram_vocab_size=2**17, compress_algo=codec)
+    model = random_model(**changes)
+    model.bigram.table.weight.data.zero_()
+    blob = artifact_of(model, **changes)
+    assert codec == "zlib" or 2**21 > 32 * len(blob)
+    assert opened(blob)["bigram.table.weight"].shape == (2**17, 16)
 
 
 @each_codec
 def test_a_bomb_is_inflated_no_further_than_its_tensors_reach(codec):
-    """128 MiB of zeros, for a model of a few weights and for the largest that its bytes may hold."""
-    bomb = zlib.compress(bytes(2**27), 9)
-    if codec == "zstd":
-        bomb = zstandard.ZstdCompressor().compress(bytes(2**27))
-    settings = {**HEADER["settings"], "compress_algo": codec}
+    """128 MiB of zeros, for a model of a few weights and for a larger one."""
+    bomb = COMPRESS[codec](bytes(2**27))
     for vocab_size, dim in ((48, 32), (2**14, 64)):
-        settings.update(vocab_size=vocab_size, model_dim=dim)
+        settings = dict(HEADER, compress_algo=codec, vocab_size=vocab_size, model_dim=dim)
         with torch.device("meta"):
             count = sum(p.numel() for p in GPT(small(**settings)).parameters())
-        blob = forged(dict(settings=settings), bomb.ljust(math.ceil(count / 32), b"\0"))
+        blob = forged(settings, bomb)
         with mock.patch.object(train_gpt, "inflate", wraps=train_gpt.inflate) as inflate:
             assert peak_bytes(lambda blob=blob: reason(blob)) < 2 * len(blob) + 10 * count + 2**20
             assert reason(blob) and inflate.called
@@ -1044,8 +1033,8 @@ def test_a_long_header_costs_no_memory():
     for unit in (b"[]", b"{}", b"[{}]", b'{"":0}', b"1.5", b'"ab"'):
         units = b",".join([unit] * (99_000 // (len(unit) + 1)))
         cases[f"a list of {unit}"] = forged(b"[" + units + b"]", PAYLOAD)
-    for length in (100_001, 2**20, 2**31, 2**32 - 1):
-        cases[f"of {length} bytes"] = forged(RAW_HEADER, PAYLOAD, length)
+    cases["without end"] = sealed(b"[" * 2**20)
+    cases["of a megabyte"] = forged(RAW_HEADER + b" " * 2**20, PAYLOAD)
     assert not accepted(cases)
     for name, blob in cases.items():
         assert peak_bytes(lambda blob=blob: reason(blob)) < 2**23, name
@@ -1057,7 +1046,7 @@ def test_a_hostile_artifact_to_start_from_is_refused_before_a_model_is_built(
     """INIT_FROM: the model has the artifact's sizes, so its weights are looked at first."""
     changes = dict(LITTLE, vocab_size=1024)
     header, _, payload = header_and_payload(artifact_of(random_model(**changes), **changes))
-    header["settings"].update(model_dim=2**12, num_layers=20)
+    header.update(model_dim=2**12, num_layers=20)
     path = tmp_path / "hostile"
     path.write_bytes(forged(header, payload))
     environ = dict(data, INIT_FROM=path, TRAIN_BATCH_TOKENS=96, ITERATIONS=1, RUN_ID="x")
@@ -1090,7 +1079,7 @@ def test_damage_anywhere_is_a_users_error(place, damage, bit):
 @quick
 @given(st.binary(max_size=300))
 def test_random_bytes_are_a_users_error(noise):
-    for blob in (noise, MAGIC + noise, MAGIC + VERSION + noise, sealed(noise)):
+    for blob in (noise, MAGIC[:7] + noise, MAGIC + noise, sealed(noise)):
         assert reason(blob)
     assert reason(forged(noise, PAYLOAD)) and reason(forged(RAW_HEADER, noise))
 
@@ -1107,13 +1096,11 @@ ANY_JSON = st.recursive(
 def check_any_json(data, value):
     """In any place of the header it is read or a UserError; what is read has the types of its fields."""
     header = copy.deepcopy(HEADER)
-    place = data.draw(st.sampled_from(["whole", "settings", *HEADER["settings"]]))
+    place = data.draw(st.sampled_from(["whole", *HEADER]))
     if place == "whole":
         header = value
-    elif place == "settings":
-        header["settings"] = value
     else:
-        header["settings"][place] = value
+        header[place] = value
     blob = forged(header, PAYLOAD)
     if not reason(blob):  # a harmless change, as of a number within its range
         for name, found in open_artifact("x", blob).stored.items():
@@ -1136,11 +1123,11 @@ def test_much_more_json_in_any_place_of_the_header(data, value):
 @each_codec
 def test_a_bit_flipped_under_a_right_checksum_is_read_or_a_users_error(codec):
     """A forger can also corrupt the compressed stream, and the stretches in it, and seal them again."""
-    settings, stream = {**HEADER["settings"], "compress_algo": codec}, COMPRESS[codec](RAW)
+    settings, stream = dict(HEADER, compress_algo=codec), COMPRESS[codec](RAW)
     for flip in range(3, 300, 13):
         damaged = bytearray(stream)
         damaged[flip] ^= 16
-        blob = forged(dict(settings=settings), bytes(damaged))
+        blob = forged(settings, bytes(damaged))
         assert reason(blob) or opened(blob).keys() == opened(GENUINE).keys()
     for flip in range(0, len(RAW), len(RAW) // 20):
         damaged = bytearray(RAW)
@@ -1200,7 +1187,7 @@ def test_2000_mutated_artifacts_are_refused_or_loaded_whole(codec):
         found = opened(mutant)
         assert list(found) == list(original), i
         for name, weight in original.items():
-            assert found[name].shape == weight.shape and not found[name].isnan().any(), (i, name)
+            assert found[name].shape == weight.shape, (i, name)
             assert kind > 1 or torch.equal(found[name], weight), (i, name)
     assert loaded[1] > 9 and loaded[4] > 25  # the test sees both outcomes
 
@@ -1228,26 +1215,27 @@ except t.UserError as error:
     reason="the peak of a process is not measured here",
 )
 def test_memory_for_a_file_as_large_as_may_be_that_turns_out_bad_at_its_end(tmp_path):
-    """Noise at the study's size, refused for its last scalar. The variable lets glibc return freed memory at once."""
+    """Noise at the study's size, with a byte too many. The variable lets glibc return freed memory at once."""
     s = from_env({})
     with torch.device("meta"):
         shapes = GPT(s)
     roles, draw = shapes.parameter_roles(), torch.Generator().manual_seed(0)
     state = {name: torch.randn(p.shape, generator=draw) for name, p in shapes.named_parameters()}
     own = 4 * sum(p.numel() for p in state.values())
-    last = [name for name in state if "scalar" in roles[name]][-1]
-    state[last].view(-1)[-1] = math.nan
     large, little = tmp_path / "large", tmp_path / "little"
-    large.write_bytes(encode(state, roles, s, 0.175))
+    compress = train_gpt.compress
+    with mock.patch.object(
+        train_gpt, "compress", lambda parts, codec: compress([*parts, b"x"], codec)
+    ):
+        large.write_bytes(encode(state, roles, s, 0.175))
     little.write_bytes(GENUINE)
     size = large.stat().st_size
     assert 15_500_000 < size < 16_000_000
     variables = environment(dict(PYTHONPATH=ROOT, MALLOC_MMAP_THRESHOLD_=65536))
     command = [sys.executable, "-c", PEAK, str(little), str(large)]
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
-    assert "no number" in done.stdout, done.stderr
-    inflated = 1.05 * own / 4
-    assert int(done.stdout.split()[0]) < 2 * size + inflated + own
+    assert "more than its tensors" in done.stdout, done.stderr
+    assert int(done.stdout.split()[0]) < 2 * size + 1.2 * own
 
 
 def test_eval_mode_refuses_what_is_no_artifact_in_one_line(tmp_path):

@@ -282,6 +282,7 @@ def test_a_checkpoint_with_wrong_content_is_refused_and_kept(whole, data, tmp_pa
         "one too many": dict(content, tensors=[*tensors, tensors[-1]]),
         "beyond the end": dict(content, steps=21),
         "before the start": dict(content, steps=-1),
+        "in the middle of a step": dict(content, steps=3.5),
         "no time": dict(content, seconds=float("nan")),
         "no grid": dict(content, grid=None),
         "a list": [*content],

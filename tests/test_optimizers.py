@@ -17,6 +17,7 @@ from train_gpt import (
     Head,
     Interrupted,
     Muon,
+    RunLog,
     Trainer,
     UserError,
     World,
@@ -417,10 +418,13 @@ def test_the_whole_gradient_is_clipped_by_its_norm():
     torch.testing.assert_close(clipped, free / 4, rtol=1e-4, atol=1e-7)
 
 
-def test_a_gradient_that_is_no_number_shows_in_the_loss():
-    broken = trainer()
-    broken.model.skip_weights.register_hook(lambda g: g * math.nan)
-    assert not broken.step([batch()], 1.0, 0.0).isfinite()
+def test_a_gradient_that_is_no_number_shows_in_the_next_loss_and_is_never_saved(tmp_path):
+    for value in (math.nan, math.inf):
+        broken = trainer()
+        broken.model.skip_weights.register_hook(lambda g, value=value: g * value)
+        broken.step([batch()], 1.0, 0.0)
+        assert not broken.save(RunLog(tmp_path)) and not any(tmp_path.iterdir())
+        assert not broken.step([batch()], 1.0, 0.0).isfinite()
 
 
 def test_learning_rate_scale_and_momentum_warm_up_reach_every_group():

@@ -73,14 +73,13 @@ def test_train_only_head_moves_the_head_and_leaves_the_trunk(cwd, data):
         refit = dict(INIT_FROM=artifact("tied"), TRAIN_ONLY="head")
         for steps in (0, 3):
             settings = head(name, RUN_ID=f"{name}-{steps}", ITERATIONS=steps, **refit)
-            out = run_here(cwd, PROBE, data, settings)
+            run_here(cwd, PROBE, data, settings)
         before, after = weights(cwd, f"{name}-0"), weights(cwd, f"{name}-3")
         own = {key for key in before if key.startswith("head.")}
         moved = {key for key in before if not torch.equal(before[key], after[key])}
         assert moved == own
         for key, weight in weights(cwd, "tied").items():
             assert (after[key] - weight).norm() <= 0.01 * weight.norm(), key
-        assert f"\ntrained_params:{sum(before[key].numel() for key in own)}\n" in out
 
 
 def test_a_wrong_start_is_one_line_and_writes_nothing(cwd, data):

@@ -131,7 +131,7 @@ def test_published_commands_of_study_a_train_at_reduced_size(heads, data, tmp_pa
         for form in (
             r"model_params:\d+",
             r"step:3/3 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms.*",
-            r"step:3/3 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d+ms",
+            r"step:3/3 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d+ms.*",
             r"peak memory allocated: \d+ MiB reserved: \d+ MiB",
             r"Code size: \d+ bytes",
             r"Serialized model int8\+zstd: \d+ bytes",
@@ -514,6 +514,20 @@ def test_a_run_stopped_again_and_again_is_bit_equal_to_one_never_stopped(whole, 
     assert last_line(folder) == "ended: finished, results in runs/parts"
 
 
+def test_a_looped_model_is_scored_as_it_is_trained_also_where_a_resumed_run_begins(data, tmp_path):
+    loops = dict(LOOP_LAYERS="1,2", LOOP_START_FRAC=0.4, VAL_LOSS_EVERY=2)
+    for name, at in (("whole", {}), ("parts", {3: stop})):
+        code = 143 if at else 0
+        run_here(tmp_path, SMALL_RUN, data, loops, dict(RUN_ID=name), code=code, at=at)
+    run_here(tmp_path, SMALL_RUN, data, loops, dict(RUN_ID="parts"))  # step 4 is scored first
+    for kind in ("train", "val"):
+        whole, parts = (
+            [r[f"{kind}_loss"] for r in records(tmp_path / "runs" / name) if r["kind"] == kind]
+            for name in ("whole", "parts")
+        )
+        assert whole == parts
+
+
 @pytest.mark.slow
 def test_a_run_stopped_while_it_is_scored_is_bit_equal_too(whole, data, tmp_path, monkeypatch):
     export = train_gpt.export
@@ -528,7 +542,9 @@ def test_a_run_stopped_while_it_is_scored_is_bit_equal_too(whole, data, tmp_path
     assert "saved at step 40" in last_line(tmp_path / "runs/late")
     run_here(tmp_path, LONG, data, dict(RUN_ID="late"))
     assert_same_run(tmp_path / "runs/late", whole)
-    assert lines(tmp_path / "runs/late") == lines(whole)
+    again = lines(tmp_path / "runs/late")
+    again.remove(("val", 40))  # scored once more, and to the same figures
+    assert again == lines(whole)
 
 
 def test_a_run_killed_and_then_stopped_resumes_bit_equal(whole, data, tmp_path):
