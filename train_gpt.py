@@ -2757,8 +2757,10 @@ def load_validation(s, world):
     """Tokens (int64, on the device) and byte counts of the split that is scored; UserError."""
     shards = Shards(Path(s.data_path), s.eval_split, s.vocab_size)
     if len(shards) <= s.train_seq_len:
-        fault = f"the {s.eval_split} split has only {len(shards)} tokens"
-        raise UserError(f"TRAIN_SEQ_LEN={s.train_seq_len}: {fault}")
+        raise UserError(
+            f"TRAIN_SEQ_LEN={s.train_seq_len}: "
+            f"the {s.eval_split} split has only {len(shards)} tokens"
+        )
     byte_counts = load_byte_counts(Path(s.tokenizer_path), s.vocab_size, world.device)
     return torch.from_numpy(shards.take(0, len(shards))).to(world.device), byte_counts
 
@@ -2951,7 +2953,7 @@ PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16
 
 def flops_per_token(model, s):
     """Forward and backward: 6 a weight of blocks and head, 6 D T a layer for causal attention."""
-    weights = model.head.products_with_E * s.vocab_size * s.model_dim
+    weights = model.head.products_with_E * model.tok_emb.weight.numel()
     weights += count_values(model.head.parameters())
     for layer in model.layers:  # some run twice
         weights += count_values(model.blocks[layer].parameters()) + s.model_dim * s.train_seq_len
@@ -3004,10 +3006,10 @@ def welch(a, b):
     Needs two values in each, not all equal. With t = sqrt(freedom) tan(angle), the density of
     Student's t is a power of cos(angle).
     """
-    sizes = np.array([len(a), len(b)])
-    variances = np.array([np.var(a), np.var(b)]) / (sizes - 1)  # of the means
+    free = np.array([len(a), len(b)]) - 1
+    variances = np.array([np.var(a), np.var(b)]) / free  # of the means
     variance = variances.sum()
-    freedom = variance**2 / (variances**2 / (sizes - 1)).sum()
+    freedom = variance**2 / (variances**2 / free).sum()
     error = math.sqrt(variance)
     t = (np.mean(a) - np.mean(b)) / error
 
@@ -3020,8 +3022,8 @@ def welch(a, b):
 
 
 def printable(text):
-    """A stranger's string without control characters and Markdown's columns."""
-    return re.sub(r"[^\w -{}~]", "?", str(text))[:120]
+    """A stranger's string without control characters, Markdown's columns and TeX's dollars."""
+    return re.sub(r"[^\w -#%-{}~]", "?", str(text))[:120]
 
 
 def read_run(folder):
@@ -3137,11 +3139,11 @@ def draw(rows, folder):
     figure = Figure(figsize=(12, 5), layout="constrained")
     curves, gains = figure.subplots(1, 2)
     for i, row in enumerate(rows):
-        color, label = f"C{i}", f"{row.head}{row.differs}"[:60].replace("$", "S")  # no mathematics
+        color, label = f"C{i}", f"{row.head}{row.differs}"[:60]
         for run in row.runs:
             curves.plot(*zip(*training_curve(run)), color=color, linewidth=0.8)
         ends = row.all("wallclock_seconds"), row.all("val_loss")
-        curves.plot(*ends, "o", color=color, label=label)
+        curves.plot(*ends, ".", color=color, label=label)
         if row.gain is not None:
             gains.errorbar(row.gain, label, xerr=row.half, fmt="o", color=color)
 
@@ -3152,7 +3154,7 @@ def draw(rows, folder):
     gains.set(xlabel="val_bpb less that of tied, 95% interval; left of 0 is better")
     gains.invert_yaxis()
     picture, path = io.BytesIO(), folder / "learning_curves.png"
-    figure.savefig(picture, dpi=120, format="png")
+    figure.savefig(picture, format="png")
     write_whole(path, picture.getvalue())
     return path
 

@@ -264,7 +264,7 @@ def test_the_picture_shows_losses_and_gains_over_tied_with_their_intervals(tmp_p
         "wide",
     ]
     lines = [line for line in curves.lines if line.get_marker() == "None"]
-    dots = [line for line in curves.lines if line.get_marker() == "o"]
+    dots = [line for line in curves.lines if line.get_marker() == "."]
     assert [line.get_color() for line in lines] == ["C0", "C0", "C1", "C1", "C2"]
     assert all(list(line.get_xdata()) == [2 * i for i in range(1, 9)] for line in lines)
     assert all(list(line.get_ydata()) == [7 - i for i in range(1, 9)] for line in lines)
