@@ -2788,7 +2788,8 @@ def export(trainer, path, log):
     log.write("packing: looking for the finest grid under the cap")
     blob, step = pack(trainer.exported(), trainer.roles, s, s.size_limit_bytes - code)
     write_whole(path, blob)
-    packed, total = len(blob), code + len(blob)
+    packed = len(blob)
+    total = code + packed
     weights = count_values(trainer.parameters)
     over = "; over the cap, so this run exits with code 3" if total > s.size_limit_bytes else ""
     log.write(
@@ -2816,8 +2817,7 @@ def finish(trainer, validation, log):
 
     # the artifact: written by rank 0, read back from its disk by all
     sizes = world.agree(export(trainer, path, log) if world.rank == 0 else None)
-    weights = artifact_weights(read_artifact("ARTIFACT", path, world))
-    model = build_model(s, world, weights)
+    model = build_model(s, world, artifact_weights(read_artifact("ARTIFACT", path, world)))
     final = plain = score("plain", model, validation, T, s, world, log)
     if 0 < s.eval_stride < T:
         final = score("sliding", model, validation, s.eval_stride, s, world, log)
@@ -2862,12 +2862,13 @@ def run_eval(s, world, artifact):
     """MODE=eval: score an artifact, by its own settings where nothing else is said."""
     s, _ = choose_attention(prepare_demo(s, world), world)
     validation = load_validation(s, world)  # first: a strange vocabulary costs no memory
-    model, stride = build_model(s, world, artifact_weights(artifact)), s.eval_stride
-    figures = score("", model, validation, stride or s.train_seq_len, s, world, RunLog(None))
+    model = build_model(s, world, artifact_weights(artifact))
+    stride = s.eval_stride or s.train_seq_len
+    figures = score("artifact", model, validation, stride, s, world, RunLog(None))
     print(final_lines(artifact.stored["compress_algo"], **figures))
     if s.eval_spectrum:
-        measured = spectrum(model, validation[0], s)
-        record = json.dumps(dict(kind="spectrum", split=s.eval_split, **measured))
+        rank = spectrum(model, validation[0], s)
+        record = json.dumps(dict(kind="spectrum", split=s.eval_split, **rank))
         print(record)
         if world.rank == 0:
             RunLog(Path(s.artifact).parent).append("metrics.jsonl", record)
@@ -2934,7 +2935,7 @@ def run_train(s, world, artifact):
 def end_early(error, trainer, log):
     """Save what was trained, and say in the log why the run ended; nothing here hides the error."""
     reason = in_words(error) or f"a defect of this program, {type(error).__name__}: {error}"
-    if trainer is not None and trainer.steps:
+    if trainer and trainer.steps:
         try:
             if trainer.save(log):
                 again = f"the same command with RUN_ID={trainer.settings.run_id} goes on"
