@@ -2517,55 +2517,43 @@ def load_validation(s, world):
             f"the {s.eval_split} split has only {len(shards)} tokens"
         )
     byte_counts = load_byte_counts(Path(s.tokenizer_path), s.vocab_size, world.device)
-    tokens_N = torch.from_numpy(shards.take(0, len(shards))).to(world.device)
-    if not byte_counts(tokens_N[:-1], tokens_N[1:]).any():
-        raise UserError(
-            f"DATA_PATH={s.data_path}: the {s.eval_split} split holds no text, only control tokens"
-        )
-    return tokens_N, byte_counts
+    return torch.from_numpy(shards.take(0, len(shards))).to(world.device), byte_counts
 
 
-def score(what, weights, validation, stride, s, world, log):
-    """A fresh model's loss, bits per byte and seconds of evaluation; logged."""
-    model, clock = build_model(s, world, weights), Clock(world).start()
+def score(what, model, validation, stride, s, world, log):
+    """A model's figures under the names of submission.json; logged."""
+    clock = Clock(world).start()
     loss, bpb = evaluate(model, validation, stride, s, world)
-    check_finite(loss, what)
     log.write(f"{what} val_loss:{loss:.8f} val_bpb:{bpb:.8f} stride:{stride}")
-    return loss, bpb, clock.stop()
+    return dict(val_loss=loss, val_bpb=bpb, eval_time_seconds=clock.stop())
 
 
-def final_lines(codec, loss, bpb, seconds):
+def final_lines(codec, val_loss, val_bpb, eval_time_seconds):
     """The two lines that the ecosystem's tools look for."""
-    name = f"final_int8_{codec}_roundtrip"
+    name, ms = f"final_int8_{codec}_roundtrip", 1000 * eval_time_seconds
     return (
-        f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * seconds:.0f}ms\n"
-        f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}"
+        f"{name} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{ms:.0f}ms\n"
+        f"{name}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}"
     )
 
 
 def export(trainer, path, log):
-    """Write the artifact, log its quality and size; returns the sizes, measured from the files."""
-    s, weights, roles = trainer.settings, trainer.exported(), trainer.roles
-    codec, limit, code = s.compress_algo, s.size_limit_bytes, len(source())
+    """Write the artifact, log its grid and size; returns the sizes as submission.json has them."""
+    s, code = trainer.settings, len(source())
     log.write("packing: looking for the finest grid under the cap")
-    blob, step = pack(weights, roles, s, limit - code)
+    blob, step = pack(trainer.exported(), trainer.roles, s, s.size_limit_bytes - code)
     write_whole(path, blob)
-    packed = path.stat().st_size
+    packed = len(blob)
     total = code + packed
-
-    # what rounding did to the matrices
-    exact = torch.cat([weight.flatten() for weight in weights.values()]).float().cpu()
-    read = artifact_weights(open_artifact(str(path), blob))
-    lost = torch.cat([weight.flatten() for weight in read.values()]) - exact
-    error = lost.square().sum() / exact.square().sum().clamp_min(1e-30)
-    bits = 8 * packed / len(exact)
-    log.write(f"rounded: step {step:.4g} RMS, {bits:.3f} bits a weight, relative error {error:.3g}")
-
-    over = "; over the cap, so this run exits with code 3" if total > limit else ""
-    log.write(f"Code size: {code} bytes")
-    log.write(f"Serialized model int8+{codec}: {packed} bytes")
-    log.write(f"Total submission size int8+{codec}: {total} bytes")
-    log.write(f"size_limit: {limit} bytes headroom: {limit - total} bytes{over}")
+    weights = count_values(trainer.parameters)
+    over = "; over the cap, so this run exits with code 3" if total > s.size_limit_bytes else ""
+    log.write(
+        f"rounded: step {step:.4g} RMS, {8 * packed / weights:.3f} bits a weight\n"
+        f"Code size: {code} bytes\n"
+        f"Serialized model int8+{s.compress_algo}: {packed} bytes\n"
+        f"Total submission size int8+{s.compress_algo}: {total} bytes\n"
+        f"size_limit: {s.size_limit_bytes} bytes headroom: {s.size_limit_bytes - total} bytes{over}"
+    )
     return dict(bytes_total=total, bytes_code=code, bytes_model_int8_zlib=packed)
 
 
@@ -2579,18 +2567,15 @@ def finish(trainer, validation, log):
     folder = Path("runs") / s.run_id
     path = folder / "final_model.int8.ptz"
     log.write(world.peak_memory())
-    before = score("pre_quant", trainer.exported(), validation, T, s, world, log)
+    model = build_model(s, world, trainer.exported())
+    before = score("pre_quant", model, validation, T, s, world, log)
 
     # the artifact: written by rank 0, read back from its disk by all
     sizes = world.agree(export(trainer, path, log) if world.rank == 0 else None)
-    weights = artifact_weights(read_artifact("ARTIFACT", path, world))
-    final = plain = score("plain", weights, validation, T, s, world, log)
+    model = build_model(s, world, artifact_weights(read_artifact("ARTIFACT", path, world)))
+    final = plain = score("plain", model, validation, T, s, world, log)
     if 0 < s.eval_stride < T:
-        final = score("sliding", weights, validation, s.eval_stride, s, world, log)
-    log.write(final_lines(s.compress_algo, *final))
-    if s.preset == "demo":
-        log.write("val_bpb is bits per byte of unseen text: compare it with unigram_val_bpb above")
-        log.write("try next: the same with HEAD_TYPE=mos, then MODE=table python train_gpt.py")
+        final = score("sliding", model, validation, s.eval_stride, s, world, log)
 
     result = dict(
         author=s.author,
@@ -2601,15 +2586,13 @@ def finish(trainer, validation, log):
         track="non-record-16mb",
         seed=s.seed,
         # the artifact at EVAL_STRIDE, on plain windows, and the weights before packing
-        val_loss=final[0],
-        val_bpb=final[1],
-        plain_val_loss=plain[0],
-        plain_val_bpb=plain[1],
-        pre_quant_val_loss=before[0],
-        pre_quant_val_bpb=before[1],
+        **final,
+        plain_val_loss=plain["val_loss"],
+        plain_val_bpb=plain["val_bpb"],
+        pre_quant_val_loss=before["val_loss"],
+        pre_quant_val_bpb=before["val_bpb"],
         step_stop=trainer.steps,
         wallclock_seconds=trainer.clock.seconds(),
-        eval_time_seconds=final[2],
         **sizes,
         # circumstances
         hardware=world.hardware(),
@@ -2618,8 +2601,13 @@ def finish(trainer, validation, log):
         chosen=sorted(s.given),
         settings=s.as_dict(),
     )
-    log.append("metrics.jsonl", json.dumps(dict(kind="final", **result)))
-    if log.folder is not None:
+    log.write(final_lines(s.compress_algo, **final), kind="final", **result)
+    if s.preset == "demo":
+        log.write(
+            "val_bpb is bits per byte of unseen text: compare it with unigram_val_bpb above\n"
+            "try next: the same with HEAD_TYPE=mos, then MODE=table python train_gpt.py"
+        )
+    if world.rank == 0:
         write_whole(folder / "submission.json", json.dumps(result, indent=1).encode())
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     return result
@@ -2629,16 +2617,16 @@ def run_eval(s, world, artifact):
     """MODE=eval: score an artifact, by its own settings where nothing else is said."""
     s, _ = choose_attention(prepare_demo(s, world), world)
     validation = load_validation(s, world)  # first: a strange vocabulary costs no memory
-    weights, T = artifact_weights(artifact), s.train_seq_len
+    model, T = build_model(s, world, artifact_weights(artifact)), s.train_seq_len
     stride = min(s.eval_stride or T, T)
-    figures = score("artifact", weights, validation, stride, s, world, RunLog(None))
-    print(final_lines(artifact.stored["compress_algo"], *figures))
+    figures = score("artifact", model, validation, stride, s, world, RunLog(None))
+    print(final_lines(artifact.stored["compress_algo"], **figures))
     if s.eval_spectrum:
-        measured = spectrum(build_model(s, world, weights), validation[0], s)
-        print("spectrum", *(f"{name}:{value:.6g}" for name, value in measured.items()))
-        log = RunLog(Path(s.artifact).parent if world.rank == 0 else None)
-        record = dict(kind="spectrum", split=s.eval_split, **measured)
-        log.append("metrics.jsonl", json.dumps(record))
+        rank = spectrum(model, validation[0], s)
+        record = json.dumps(dict(kind="spectrum", split=s.eval_split, **rank))
+        print(record)
+        if world.rank == 0:
+            RunLog(Path(s.artifact).parent).append("metrics.jsonl", record)
     return 0
 
 
@@ -2664,15 +2652,17 @@ def run_train(s, world, artifact):
         facts["init_sha256"] = hashlib.sha256(artifact.payload).hexdigest()
 
     # what an earlier run of this name has left
-    log, earlier = RunLog(None), (None, None)
+    log, earlier = RunLog(None), None
     if world.rank == 0:
         folder, lock = claim_folder(s)  # the lock goes with the process
         log, earlier = RunLog(folder), earlier_run(folder, s, facts)
         world.say = log.write
     result, checkpoint = world.agree(earlier)
     if result is not None:
-        figures = f"val_bpb:{result['val_bpb']:.8f} bytes_total:{result['bytes_total']}"
-        print(f"runs/{s.run_id} is finished: {figures}")
+        print(
+            f"runs/{s.run_id} is finished: val_bpb:{result['val_bpb']:.8f}"
+            f" bytes_total:{result['bytes_total']}"
+        )
         return 3 if result["bytes_total"] > s.size_limit_bytes else 0
 
     # train; the log's last line says why the run ended
@@ -2680,7 +2670,10 @@ def run_train(s, world, artifact):
     try:
         model = build_model(s, world)
         if checkpoint is None:
-            log.opening(s, world, describe_data(s, shards, validation), facts)
+            sizes = f"train_tokens:{len(shards)} {s.eval_split}_tokens:{len(validation[0])}"
+            unigram = unigram_bpb(shards, *validation)
+            data = f"data: {s.data_path} {sizes} unigram_val_bpb:{unigram:.4f}"
+            log.opening(s, world, data, facts)
             if artifact:
                 log.write(f"init_from: {adopt(model, artifact, weights, s)} of {s.init_from}")
         trainer = Trainer(model, s, world, facts)
@@ -2694,15 +2687,10 @@ def run_train(s, world, artifact):
     return 3 if result["bytes_total"] > s.size_limit_bytes else 0
 
 
-def describe_data(s, shards, validation):
-    sizes = f"train_tokens:{len(shards)} {s.eval_split}_tokens:{len(validation[0])}"
-    return f"data: {s.data_path} {sizes} unigram_val_bpb:{unigram_bpb(shards, *validation):.4f}"
-
-
 def end_early(error, trainer, log):
     """Save what was trained, and say in the log why the run ended; nothing here hides the error."""
     reason = in_words(error) or f"a defect of this program, {type(error).__name__}: {error}"
-    if trainer is not None and (trainer.steps or isinstance(error, Interrupted)):
+    if trainer and trainer.steps:
         try:
             if trainer.save(log):
                 again = f"the same command with RUN_ID={trainer.settings.run_id} goes on"
@@ -2720,12 +2708,12 @@ PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16
 
 
 def flops_per_token(model, s):
-    """Forward and backward: 6 a weight of blocks and head, 6 L D T for causal attention."""
-    weights = model.head.products_with_E * s.vocab_size * s.model_dim
-    for name, role in model.parameter_roles().items():
-        if name.startswith(("blocks.", "head.")) and ROLES[role].finer:
-            weights += model.get_parameter(name).numel()
-    return 6 * weights + 6 * s.num_layers * s.model_dim * s.train_seq_len
+    """Forward and backward: 6 a weight of blocks and head, 6 D T a layer for causal attention."""
+    weights = model.head.products_with_E * model.tok_emb.weight.numel()
+    weights += count_values(model.head.parameters())
+    for layer in model.layers:  # some run twice
+        weights += count_values(model.blocks[layer].parameters()) + s.model_dim * s.train_seq_len
+    return 6 * weights
 
 
 def bench(s, world, artifact):
@@ -2734,12 +2722,12 @@ def bench(s, world, artifact):
         s = replace(s, train_batch_tokens=4096, train_seq_len=256)
     s, attention = choose_attention(s, world)
     tied = replace(s, head_type="tied", head_variant="", head_trainable=True, train_only="all")
-    trainers = [Trainer(build_model(tied, world), tied, world)]
-    if s.head_type != "tied":
-        trainers.append(Trainer(build_model(s, world), s, world))
+    trainers = []
+    for own in dict.fromkeys((tied, s)):  # once, where they are the same
+        trainers.append(Trainer(build_model(own, world), own, world))
     n, T, B = s.train_batch_tokens, s.train_seq_len, micro_batch_sequences(s, world)
-    tokens = torch.randint(s.vocab_size, (2, n // T // world.size, T), device=world.device)
-    batches = [part.unbind() for part in tokens.split(B, 1)]
+    x_BT, y_BT = torch.randint(s.vocab_size, (2, B, T), device=world.device)
+    batches = [(x_BT, y_BT)] * (n // T // B // world.size)
 
     # every trainer in turn: a noisy machine is noisy for all
     seconds = np.zeros((13, len(trainers)))
@@ -2751,7 +2739,7 @@ def bench(s, world, artifact):
     medians = np.median(seconds[3:], axis=0)
 
     for trainer, median in zip(trainers, medians):
-        flops = flops_per_token(trainer.model, trainer.settings)
+        flops = flops_per_token(trainer.model, s)
         rate = flops * n / median / world.size
         mfu = "unknown peak"
         for name, peak in PEAKS.items():
@@ -2760,160 +2748,143 @@ def bench(s, world, artifact):
         print(
             f"bench head:{trainer.settings.head_type} {1000 * median:.1f} ms/step"
             f" (median of 10; {n} tokens, sequence {T}) tokens/s:{n / median:.0f}"
-            f" FLOP/token:{flops / 1e6:.1f}M TFLOP/s/rank:{rate / 1e12:.3f} MFU:{mfu}"
-            f" time to tied:{median / medians[0]:.3f}"
+            f" model_params:{count_values(trainer.parameters)} FLOP/token:{flops / 1e6:.1f}M"
+            f" TFLOP/s/rank:{rate / 1e12:.3f} MFU:{mfu} time to tied:{median / medians[0]:.3f}"
         )
-    print(f"{world.hardware()}, {world.compute_dtype(s)}, torch {torch.__version__}", end="")
-    print(f", attention {attention}")
+    print(f"{world.hardware()}, {world.compute_dtype(s)}, torch {torch.__version__}, {attention}")
     print(world.peak_memory())
     return 0
-
-
-def student_p(t, freedom):
-    """Two-sided p of Student's t.
-
-    With t = sqrt(freedom) tan(angle), its density is a power of cos(angle).
-    """
-    angle = np.linspace(0, math.pi / 2, 200_001)
-    density = np.cos(angle).clip(0) ** (freedom - 1)
-    return density[angle >= math.atan(abs(t) / math.sqrt(freedom))].sum() / density.sum()
 
 
 def welch(a, b):
     """t of mean(a) - mean(b), its two-sided p, and half the difference's 95% interval (Welch 1947).
 
-    Needs two values in each, not all equal.
+    Needs two values in each, not all equal. With t = sqrt(freedom) tan(angle), the density of
+    Student's t is a power of cos(angle).
     """
-    va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
-    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    low, high = 0.0, 1e6  # around the t whose p is 5%
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        if student_p(middle, freedom) > 0.05:
-            low = middle
-        else:
-            high = middle
-    error = math.sqrt(va + vb)
+    free = np.array([len(a), len(b)]) - 1
+    variances = np.array([np.var(a), np.var(b)]) / free  # of the means
+    variance = variances.sum()
+    freedom = variance**2 / (variances**2 / free).sum()
+    error = math.sqrt(variance)
     t = (np.mean(a) - np.mean(b)) / error
-    return t, student_p(t, freedom), high * error
+
+    # the chance of a smaller |t| than each of a grid
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angles).clip(0) ** (freedom - 1)
+    grid, chances = math.sqrt(freedom) * np.tan(angles), density.cumsum() / density.sum()
+    p = 1 - np.interp(abs(t), grid, chances)
+    return t, p, error * np.interp(0.95, chances, grid)
 
 
 def printable(text):
-    """A stranger's string without control characters and Markdown's columns."""
-    return "".join(c if c.isprintable() and c != "|" else "?" for c in str(text))[:120]
+    """A stranger's string without control characters, Markdown's columns and TeX's dollars."""
+    return re.sub(r"[^\w -#%-{}~]", "?", str(text))[:120]
 
 
-def configuration(settings):
-    """What two runs that differ in the seed alone have in common."""
-    return {n: v for n, v in settings.items() if n != "seed" and SCOPES.get(n) != "free"}
+def read_run(folder):
+    """A finished run's result, with its configuration; raises anything for a damaged file."""
+    run = json.loads((folder / "submission.json").read_text())
+    for name in ("val_bpb", "val_loss", "bytes_total", "step_stop", "wallclock_seconds", "seed"):
+        expect(abs(run[name]) < 1e15, f"{name} is no number")
+
+    # what runs that differ in the seed alone have in common
+    config = {}
+    for name, value in run["settings"].items():
+        if name != "seed" and SCOPES.get(name) != "free":
+            config[name.upper()] = as_text(value)
+    return dict(
+        run,
+        folder=folder,
+        config=config,
+        head=printable(run["head"]),
+        chosen=FIELDS.keys() & run["chosen"],
+    )
 
 
-def read_runs(pattern):
-    """The results of finished runs, and remarks about the other folders."""
-    runs, remarks = [], []
-    for folder in map(Path, sorted(glob.glob(pattern))):
-        try:
-            run = json.loads((folder / "submission.json").read_text())
-            for name in ("val_bpb", "bytes_total", "step_stop", "wallclock_seconds", "seed"):
-                expect(abs(run[name]) < 1e15, f"{name} is no number")
+class Row:
+    """The runs of one configuration, and how they compare with tied ones."""
 
-            # what follows from it
-            over = run["bytes_total"] > run["settings"]["size_limit_bytes"]
-            ms = 1000 * run["wallclock_seconds"] / max(run["step_stop"], 1)
-            own = dict(folder=folder, over=over, ms=ms, key=configuration(run["settings"]))
-            own["chosen"] = set(run.get("chosen", [])) & FIELDS.keys()
-            runs.append({**run, **own, "head": printable(run["head"])})
-        except FileNotFoundError:
-            remarks.append(f"{printable(folder)}: not finished")
-        except Exception as error:  # whatever a damaged file can provoke
-            fault = (
-                f"{folder}: its submission.json cannot be read ({type(error).__name__}: {error})"
-            )
-            remarks.append(printable(fault))
-    return runs, remarks
+    differs = ""  # its settings that somebody chose, and in which not all rows agree
+    gain, half = None, 0.0  # mean bpb less that of tied, and half its 95% interval
+    against = "-"  # the gain and Welch's test, in words
+
+    def __init__(self, runs):
+        self.runs, self.head, self.config = runs, runs[0]["head"], runs[0]["config"]
+        self.bpb = self.all("val_bpb")
+        self.mean, self.spread = np.mean(self.bpb), np.std(self.bpb)
+
+    def all(self, name):
+        """A figure of all its runs."""
+        return [run[name] for run in self.runs]
+
+    def compare(self, tied):
+        """Against the row of `tied` whose settings are the most alike."""
+        other = max(tied, key=lambda row: len(row.config.items() & self.config.items()))
+        self.gain = self.mean - other.mean
+        self.against = f"{self.gain:+.5f}"
+        if self.spread and other.spread:  # seeds, and not all alike
+            t, p, self.half = welch(self.bpb, other.bpb)
+            self.against += f" (t {t:.2f}, p {p:.2g})"
+
+    def markdown(self):
+        spread = f" +- {np.std(self.bpb, ddof=1):.5f}" if self.spread else ""
+        seconds, steps = np.mean(self.all("wallclock_seconds")), np.mean(self.all("step_stop"))
+        ms = 1000 * seconds / max(steps, 1)
+        return (
+            f"| {self.head} | {self.differs} | {self.all('seed')} | {self.mean:.5f}{spread}"
+            f" | {self.against} | {max(self.all('bytes_total'))} | {ms:.1f} | {steps:.0f} |"
+        )
 
 
 def table_rows(runs):
-    """A dict for each configuration, its seeds together; tied first, then by mean bpb."""
-    rows = []
+    """A Row for each configuration, its seeds together; tied first, then by mean bpb."""
+    groups, chosen = {}, set()
     for run in runs:
-        alike = [row for row in rows if row["key"] == run["key"]]
-        row = alike[0] if alike else dict(key=run["key"], head=run["head"], runs=[], gain=None)
-        row["runs"].append(run)
-        rows += [] if alike else [row]
-    for row in rows:
-        row["bpb"] = [run["val_bpb"] for run in row["runs"]]
-    rows.sort(key=lambda row: (row["head"] != "tied", np.mean(row["bpb"])))
+        groups.setdefault(str(run["config"]), []).append(run)
+        chosen |= run["chosen"]
+    rows = sorted(map(Row, groups.values()), key=lambda row: (row.head != "tied", row.mean))
 
-    # settings that somebody chose, and in which not all rows agree
-    chosen = set().union(*(run["chosen"] for run in runs)) - {"HEAD_TYPE"}
-    for row in rows:
-        values = []
-        for name in sorted(chosen):
-            value = row["key"].get(name.lower())
-            if any(other["key"].get(name.lower()) != value for other in rows):
-                values.append(f"{name}={printable(as_text(value))}")
-        row["differs"] = " ".join(values)
+    for name in sorted(chosen - {"HEAD_TYPE"}):
+        if len({row.config.get(name) for row in rows}) > 1:
+            for row in rows:
+                row.differs += f" {name}={printable(row.config.get(name))}"
 
-    # against the tied row whose settings are the most alike
-    tied = [row for row in rows if row["head"] == "tied"]
-    for row in rows[len(tied) :] if tied else []:
-        alike = [sum(one["key"].get(n) == v for n, v in row["key"].items()) for one in tied]
-        other = tied[int(np.argmax(alike))]
-        a, b = row["bpb"], other["bpb"]
-        row["gain"], row["test"] = np.mean(a) - np.mean(b), None
-        if min(len(a), len(b)) > 1 and len({*a}) + len({*b}) > 2:
-            row["test"] = welch(a, b)
+    tied = [row for row in rows if row.head == "tied"]
+    for row in rows[len(tied) :]:
+        if tied:
+            row.compare(tied)
     return rows
-
-
-def markdown(row):
-    runs, bpb = row["runs"], row["bpb"]
-    spread = f" +- {np.std(bpb, ddof=1):.5f}" if len(bpb) > 1 else ""
-    gain = "-" if row["gain"] is None else f"{row['gain']:+.5f}"
-    if row["gain"] is not None and row["test"]:
-        gain += " (t {:.2f}, p {:.2g})".format(*row["test"])
-    seeds = " ".join(str(run["seed"]) for run in runs)
-    over = " OVER" if any(run["over"] for run in runs) else ""
-    size = max(run["bytes_total"] for run in runs)
-    ms, steps = (np.mean([run[name] for run in runs]) for name in ("ms", "step_stop"))
-    cells = [row["head"], row["differs"], seeds, f"{np.mean(bpb):.5f}{spread}", gain]
-    cells += [f"{size}{over}", f"{ms:.1f}", f"{steps:.0f}"]
-    return f"| {' | '.join(cells)} |"
 
 
 def run_table(s, world, artifact):
     """MODE=table: a row of Markdown for each configuration, and a picture."""
-    runs, remarks = read_runs(s.runs)
+    runs, remarks = [], []
+    for folder in map(Path, sorted(glob.glob(f"{s.runs}/"))):
+        try:
+            runs.append(read_run(folder))
+        except Exception as error:  # whatever a damaged file can provoke
+            remarks.append(printable(f"{folder}: not finished, or damaged ({error!r})"))
     if not runs:
         raise s.wrong("RUNS", "; ".join(["match a finished run", *remarks[:3]]))
     rows = table_rows(runs)
     print(
-        "| head | settings that differ | seeds | val_bpb mean +- std | against tied (Welch)", end=""
+        "| head | settings that differ | seeds | val_bpb mean +- std | against tied (Welch)"
+        " | bytes | ms/step | steps |\n|---|---|---|---|---|---|---|---|"
     )
-    print(" | bytes | ms/step | steps |\n|---|---|---|---|---|---|---|---|")
     for row in rows:
-        print(markdown(row))
+        print(row.markdown())
 
     # what makes the figures less comparable than they look
     for fact in ("source_sha256", "data_sha256", "hardware", "pytorch_version", "attention"):
-        values = sorted({printable(run.get(fact))[:40] for run in runs})
+        values = {printable(run.get(fact)) for run in runs}
         if len(values) > 1:
-            remarks.append(f"the runs differ in {fact}: {', '.join(values)}")
-    for row in rows:
-        if len({run["seed"] for run in row["runs"]}) < len(row["runs"]):
-            fault = (
-                "another run has its settings and its seed; Welch's test takes them for independent"
-            )
-            remarks.append(f"{printable(row['runs'][0]['folder'])}: {fault}")
-    print("\n".join(["", *remarks]))
-    if world.rank == 0:
-        try:
-            print(f"picture: {draw(rows, runs[0]['folder'].parent)}")
-        except (
-            Exception
-        ) as error:  # no matplotlib, no right to write, whatever a strange folder holds
-            print("no picture:", printable(error))
+            remarks.append(f"the runs differ in {fact}: {', '.join(sorted(values))}")
+    print("", *remarks, sep="\n")
+    try:
+        print(f"picture: {draw(rows, runs[0]['folder'].parent)}")
+    except Exception as error:  # no matplotlib, no right to write, a damaged metrics.jsonl
+        print("no picture:", printable(error))
     return 0
 
 
@@ -2923,41 +2894,35 @@ def draw(rows, folder):
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     curves, gains = figure.subplots(1, 2)
-    compared = [row for row in rows if row["gain"] is not None]
     for i, row in enumerate(rows):
-        label = f"{row['head']} {row['differs']}"[:60].replace("$", "S")  # no mathematics
-        curves.plot([], color=f"C{i}", label=label)
-        for run in row["runs"]:
-            with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-                draw_run(curves, run["folder"], f"C{i}")
-        if row in compared:
-            place, width = compared.index(row), row["test"][2] if row["test"] else 0
-            gains.errorbar(row["gain"], place, xerr=width, fmt="o", color=f"C{i}", capsize=4)
+        color, label = f"C{i}", f"{row.head}{row.differs}"[:60]
+        for run in row.runs:
+            curves.plot(*zip(*training_curve(run)), color=color, linewidth=0.8)
+        ends = row.all("wallclock_seconds"), row.all("val_loss")
+        curves.plot(*ends, ".", color=color, label=label)
+        if row.gain is not None:
+            gains.errorbar(row.gain, label, xerr=row.half, fmt="o", color=color)
 
     # what the axes say
     curves.set(xlabel="seconds of training", ylabel="loss, nats a token (dot: validation)")
     curves.legend(fontsize=8)
     gains.axvline(0, color="grey")
     gains.set(xlabel="val_bpb less that of tied, 95% interval; left of 0 is better")
-    gains.set_yticks(range(len(compared)), [row["head"].replace("$", "S") for row in compared])
     gains.invert_yaxis()
     picture, path = io.BytesIO(), folder / "learning_curves.png"
-    figure.savefig(picture, dpi=120, format="png")
+    figure.savefig(picture, format="png")
     write_whole(path, picture.getvalue())
     return path
 
 
-def draw_run(axes, folder, color):
-    """A run's training loss after its first 5%, and its last validation loss as a dot."""
-    points = dict(train=[], val=[])
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+def training_curve(run):
+    """Points (seconds, training loss) after the first 5% of a run."""
+    points, start = [], 0.05 * run["wallclock_seconds"]
+    for line in (run["folder"] / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        if (kind := record["kind"]) in points:
-            points[kind].append((record["train_seconds"], record[f"{kind}_loss"]))
-    end = points["train"][-1][0]
-    late = [point for point in points["train"] if point[0] >= 0.05 * end]
-    axes.plot(*zip(*late), color=color, linewidth=0.8)
-    axes.plot(*zip(*points["val"][-1:]), "o", color=color, markersize=4)
+        if "train_loss" in record and record["train_seconds"] > start:
+            points.append((record["train_seconds"], record["train_loss"]))
+    return points
 
 
 # ---- Main ----------------------------------------------------------------------------------------
