@@ -1030,7 +1030,8 @@ def choose_attention(s, world):
     """
     if world.device.type == "cpu":
         return s, "PyTorch's on the CPU"
-    for name in KERNELS if s.attn_backend == "auto" else [s.attn_backend]:
+    wanted = KERNELS if s.attn_backend == "auto" else [s.attn_backend]
+    for name in wanted:
         chosen = replace(s, attn_backend=name)
         try:
             try_attention(chosen, world)
