@@ -768,7 +768,7 @@ class Shards:
         if len(tokens) < count:
             raise UserError(f"{path}: has become shorter; leave the data alone while a run uses it")
         if tokens.max() >= self.vocab_size:
-            fault = f"token id {tokens.max()} is outside VOCAB_SIZE={self.vocab_size}"
+            fault = f"holds token id {tokens.max()}, but VOCAB_SIZE={self.vocab_size}"
             raise UserError(f"{path}: {fault}; use the tokenizer of the data")
         return tokens
 
