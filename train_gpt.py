@@ -703,7 +703,7 @@ class Shards:
         if len(tokens) < count:
             raise UserError(f"{path}: has become shorter; leave the data alone while a run uses it")
         if tokens.max() >= self.vocab_size:
-            fault = f"token id {tokens.max()} is outside VOCAB_SIZE={self.vocab_size}"
+            fault = f"holds token id {tokens.max()}, but VOCAB_SIZE={self.vocab_size}"
             raise UserError(f"{path}: {fault}; use the tokenizer of the data")
         return tokens
 
@@ -965,7 +965,8 @@ def choose_attention(s, world):
     """
     if world.device.type == "cpu":
         return s, "PyTorch's on the CPU"
-    for name in KERNELS if s.attn_backend == "auto" else [s.attn_backend]:
+    wanted = KERNELS if s.attn_backend == "auto" else [s.attn_backend]
+    for name in wanted:
         chosen = replace(s, attn_backend=name)
         try:
             try_attention(chosen, world)
