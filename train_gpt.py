@@ -714,8 +714,9 @@ class Shards:
         return order_of_pass(number, count, seed)[place]
 
     def fingerprint(self, val_N):
-        """SHA-256 that tells data apart: of this split's length, all validation tokens."""
-        return hashlib.sha256(np.append(val_N.cpu(), len(self))).hexdigest()
+        """SHA-256 that tells data apart: of this split's length and ends, all validation tokens."""
+        ends = self.take(len(self) - 32768, 65536)
+        return hashlib.sha256(np.concatenate((ends, val_N.cpu(), [len(self)]))).hexdigest()
 
 
 def micro_batch_sequences(s, world):
@@ -886,6 +887,13 @@ def at_least_fp32(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+def project(x, *weights):
+    """x W^T for one weight after the other, in the dtype of x."""
+    for weight in weights:
+        x = F.linear(x, weight.to(x.dtype))
+    return x
+
+
 class Linear(nn.Linear, Module):
     """Matrix product in the input's dtype, with float32 master weights.
 
@@ -906,7 +914,7 @@ class Linear(nn.Linear, Module):
     def forward(self, x, scale=None):
         """x W^T; `scale` multiplies the output channels, folded into the weights."""
         weight = self.weight if scale is None else self.weight * scale[:, None]
-        return F.linear(x, weight.to(x.dtype))
+        return project(x, weight)
 
 
 class Table(nn.Embedding, Module):
@@ -1015,13 +1023,16 @@ class Attention(Module):
 
     def forward(self, x_BTD, value, scale_D):
         """`value` is added to the values; `scale_D` multiplies the output."""
-        by_head, gain_H1 = (-1, self.C), self.q_gain.to(x_BTD.dtype)[:, None]
-        q_BTHC = self.rotary(norm(self.q(x_BTD).unflatten(-1, by_head))) * gain_H1
-        k_BTGC = self.rotary(norm(self.k(x_BTD).unflatten(-1, by_head)))
-        v = self.v(x_BTD)
+        # one product for queries, keys and values; the queries' gain goes with their RMS norm
+        weight = torch.cat((self.q.weight, self.k.weight, self.v.weight))
+        qkv = project(x_BTD, weight).unflatten(-1, (-1, self.C))
+        q_BTHC, k_BTGC, v_BTGC = qkv.split((len(self.q_gain), self.G, self.G), dim=2)
+        square = at_least_fp32(q_BTHC).square().mean(-1, keepdim=True)
+        q_scale = torch.rsqrt(square + NORM_EPS) * self.q_gain[:, None]
+        q_BTHC = self.rotary(q_BTHC * q_scale.to(x_BTD.dtype))
+        k_BTGC = self.rotary(norm(k_BTGC))
         if value is not None:
-            v = v + value
-        v_BTGC = v.unflatten(-1, by_head)
+            v_BTGC = v_BTGC + value.view_as(v_BTGC)
 
         y = attend(q_BTHC, k_BTGC, v_BTGC, self.window, self.fa3)
         if self.exclusive:  # a value head is shared by H / G query heads
@@ -1164,13 +1175,6 @@ class Head(Module):
     def log_probs(self, h_ND, x_N, E_VD):
         """Normalised log-probabilities of the whole vocabulary in nats, NxV."""
         return F.log_softmax(self.logits(h_ND, x_N, E_VD), dim=-1)
-
-
-def project(x, *weights):
-    """x W^T for one weight after the other, in the dtype of x."""
-    for weight in weights:
-        x = F.linear(x, weight.to(x.dtype))
-    return x
 
 
 def fan_in_normal(*shape):
