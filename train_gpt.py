@@ -1536,8 +1536,8 @@ class GPT(Module):
             return x + skipped
         return torch.lerp(skipped, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
-    def nll(self, x_BT, y_BT, last=MANY):
-        """Negative log-likelihoods in nats, of each sequence's last `last` targets, or of all."""
+    def nll(self, x_BT, y_BT, last=0):
+        """Negative log-likelihoods in nats, of each sequence's last `last` targets; 0: of all."""
         h_ND = self.hidden(x_BT)[:, -last:].flatten(0, 1)
         x_N, y_N = x_BT[:, -last:].flatten(), y_BT[:, -last:].flatten()
         E_VD = self.tok_emb.weight
