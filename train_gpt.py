@@ -543,7 +543,7 @@ class World:
         except RuntimeError as error:
             self.heed()
             raise UserError(
-                f"rank {self.rank}: lost touch with another rank ({error}); the same command goes on"
+                f"rank {self.rank}: lost touch with another rank: {error}; the same command resumes"
             ) from None
 
     def time_and_signal(self, seconds):
