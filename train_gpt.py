@@ -283,7 +283,7 @@ def as_text(value):
 
 
 def parse(name, text, source):
-    """The typed value of one setting, if it is allowed; UserError names the variable that said it."""
+    """The typed value of a setting, if it is allowed; UserError names the variable that said it."""
     kind, allowed = FIELDS[name].type, FIELDS[name].metadata["allowed"]
     if kind in (bool, str):
         if allowed and text not in allowed.split(", "):
@@ -544,7 +544,7 @@ class World:
         except RuntimeError as error:
             self.heed()
             raise UserError(
-                f"rank {self.rank}: lost touch with another rank ({error}); the same command resumes"
+                f"rank {self.rank}: lost touch with another rank: {error}; the same command resumes"
             ) from None
 
     def time_and_signal(self, seconds):
