@@ -54,7 +54,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until World.start listens, Ctrl-C simply ends it
@@ -116,7 +115,7 @@ class Hyperparameters:
     allow_near_misses: bool = free_setting(False, "accept variables that look like misspelt settings")
 
     # Data
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin, or `demo`: Python's docs")
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin; demo: Python's docs")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     vocab_size: int = model_setting(1024, "tokens in the vocabulary", "2 to 65536")
 
@@ -137,7 +136,7 @@ class Hyperparameters:
     skip_gates: bool = model_setting(False, "skips are mixed in by learned gates instead of added")
     loop_layers: str = model_setting("", "layers that run twice, from 0, separated by commas; empty: none")
     loop_start_frac: float = setting(0.5, "share of training from which LOOP_LAYERS run twice", "0 to 0.99")
-    parallel_from: int = model_setting(1000, "first layer from which attention and MLP work on two lanes; NUM_LAYERS or more: none")
+    parallel_from: int = model_setting(1000, "first layer whose attention and MLP have a lane each; NUM_LAYERS or more: none")
     # ... embeddings
     smear_gate: bool = model_setting(True, "blend each embedding with the token before")
     bigram_hash: bool = model_setting(True, "add a hashed bigram embedding")
@@ -167,18 +166,18 @@ class Hyperparameters:
     train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", "1 to 1e12")
     shuffle: bool = setting(False, "a new order of the sequences in each pass over the data; 0: the files' order")
     train_seq_len: int = model_setting(2048, "tokens a sequence, in training and evaluation", "1 to 16777216")
-    micro_batch_tokens: int = setting(0, "tokens of one forward pass on one rank, a sequence at least; 0: 131072 on CUDA, else 4096")
+    micro_batch_tokens: int = setting(0, "tokens of a forward pass on a rank, at least a sequence; 0: 131072 on CUDA, else 4096")
     iterations: int = setting(20000, "steps at most; 0: export and score the untrained model")
     max_wallclock_seconds: float = setting(600.0, "cap on training time, seconds; 0: none")
     warmup_steps: int = setting(20, "steps that prime the compiled code, then are undone; outside the cap")
-    warmdown_iters: int = setting(3500, "steps of linear warm-down of the learning rates at the end")
+    warmdown_iters: int = setting(3500, "steps of linear warm-down at the end")
     warmdown_frac: float = setting(0.8, "the warm-down's longest share of the run", "0 to 1")
     val_loss_every: int = setting(0, "steps between validations; 0: at the end only")
     train_log_every: int = free_setting(200, "steps between log lines; 0: none")
     checkpoint_seconds: float = free_setting(0.0, "seconds between checkpoints; 0: at signals and at the end only")
     compute_dtype: str = eval_setting("auto", "of products; auto: bf16 where it is fast", "auto, bf16, fp32")
     compile: str = eval_setting("auto", "torch.compile; auto: on CUDA", "auto, 0, 1")
-    attn_backend: str = setting("auto", "attention kernel on CUDA; auto: the first of these that runs", f"auto, {', '.join(KERNELS)}")
+    attn_backend: str = setting("auto", "kernel on CUDA; auto: the first that runs", f"auto, {', '.join(KERNELS)}")
 
     # Optimizers
     matrix_lr: float = setting(0.025, "Muon's learning rate: matrices of the trunk")
@@ -191,14 +190,14 @@ class Hyperparameters:
     muon_momentum_warmup_steps: int = setting(1500, "steps of the momentum's warm-up")
     muon_weight_decay: float = setting(0.04, "decoupled weight decay of Muon")
     muon_row_norm: bool = setting(False, "bring the rows of Muon's update to one norm before it is orthogonalised")
-    adam_wd: float = setting(0.04, "decoupled weight decay of Adam")
-    scalar_wd: float = setting(-1.0, "the same for scales, gains, gates, biases; below 0: ADAM_WD", "-1 to 1e12")
+    adam_wd: float = setting(0.04, "decoupled weight decay of Adam, but for scalars")
+    scalar_wd: float = setting(0.04, "weight decay of scales, gains, gates, biases")
     grad_clip_norm: float = setting(0.3, "largest norm of the whole gradient; 0: no clipping")
     use_ema: bool = setting(True, "export the exponential moving average of the weights")
-    ema_alpha: float = setting(0.997, "the average's decay a step, min(EMA_ALPHA, (1 + t) / (10 + t))", "0 to 0.999999")
+    ema_alpha: float = setting(0.997, "the average's decay a step, at most (1 + t) / (10 + t)", "0 to 0.999999")
 
     # Evaluation
-    eval_stride: int = eval_setting(64, "tokens scored a window in the final evaluation; 0, or above TRAIN_SEQ_LEN: all")
+    eval_stride: int = eval_setting(64, "tokens scored a window in the end; 0, or above TRAIN_SEQ_LEN: all")
     val_batch_size: int = eval_setting(524288, "tokens of one evaluation batch, over all ranks", "1 to 1e12")
     eval_split: str = setting("val", "split that is scored", "val, test")
     eval_spectrum: bool = setting(False, "measure the rank of the log-probabilities (MODE=eval)")
@@ -236,7 +235,7 @@ PRESETS = dict(
         NUM_LAYERS=9 MLP_MULT=2 ROPE_DIMS=0 USE_NTK_ROPE=0 XSA_LAST_N=0 SMEAR_GATE=0 BIGRAM_HASH=0 LN_SCALE=0
         VALUE_EMBED=0 INIT_TYPE=default TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200 MATRIX_LR=0.04
         SCALAR_LR=0.04 TIED_EMBED_LR=0.05 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85
-        MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WEIGHT_DECAY=0 ADAM_WD=0 GRAD_CLIP_NORM=0 USE_EMA=0 LATE_QAT=0 EVAL_STRIDE=0
+        MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WEIGHT_DECAY=0 ADAM_WD=0 SCALAR_WD=0 GRAD_CLIP_NORM=0 USE_EMA=0 LATE_QAT=0 EVAL_STRIDE=0
     """),
     best=pairs("""
         MLP_MULT=4 MLP_SLOPE=0.5 QK_GAIN_INIT=5 USE_NTK_ROPE=0 XSA_LAST_N=11 SKIP_GATES=1 LOOP_LAYERS=4,5 PARALLEL_FROM=7
@@ -248,7 +247,7 @@ PRESETS = dict(
         DATA_PATH=demo MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 BIGRAM_DIM=32 VE_DIM=32 TRAIN_BATCH_TOKENS=4096
         TRAIN_SEQ_LEN=256 MAX_WALLCLOCK_SECONDS=75 WARMUP_STEPS=0 WARMDOWN_ITERS=100000 WARMDOWN_FRAC=0.5
         MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=100 MUON_WEIGHT_DECAY=0
-        ADAM_WD=0 EMA_ALPHA=0.98 TRAIN_LOG_EVERY=20
+        ADAM_WD=0 SCALAR_WD=0 EMA_ALPHA=0.98 TRAIN_LOG_EVERY=20
     """),
 )
 
@@ -477,7 +476,9 @@ def in_words(error):
         return "out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the sizes of the model"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile fails here ({text[:200]}); set COMPILE=0"
-    if isinstance(error, (UserError, OSError)):
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or text}"
+    if isinstance(error, UserError):
         return text
     return None
 
@@ -485,7 +486,7 @@ def in_words(error):
 class World:
     """Rank, size and device; the collectives that the program needs; the signals that end it."""
 
-    def __init__(self, environ=MappingProxyType({})):
+    def __init__(self, environ):
         """One process on the CPU or the first GPU, or the place that torchrun's variables name."""
         self.signal, self.alone = 0, "WORLD_SIZE" not in environ
         self.say = functools.partial(print, flush=True)  # a run's log, where there is one
@@ -1023,20 +1024,23 @@ class Attention(Module):
 
     def forward(self, x_BTD, value, scale_D):
         """`value` is added to the values; `scale_D` multiplies the output."""
-        # one product for queries, keys and values; the queries' gain goes with their RMS norm
+        # one product for queries, keys and values; all heads together
+        H, G = len(self.q_gain), self.G
         weight = torch.cat((self.q.weight, self.k.weight, self.v.weight))
-        qkv = project(x_BTD, weight).unflatten(-1, (-1, self.C))
-        q_BTHC, k_BTGC, v_BTGC = qkv.split((len(self.q_gain), self.G, self.G), dim=2)
-        square = at_least_fp32(q_BTHC).square().mean(-1, keepdim=True)
-        q_scale = torch.rsqrt(square + NORM_EPS) * self.q_gain[:, None]
-        q_BTHC = self.rotary(q_BTHC * q_scale.to(x_BTD.dtype))
-        k_BTGC = self.rotary(norm(k_BTGC))
+        heads = project(x_BTD, weight).unflatten(-1, (-1, self.C))
+        qk, v_BTGC = heads.split((H + G, G), dim=2)
         if value is not None:
             v_BTGC = v_BTGC + value.view_as(v_BTGC)
 
+        # norm and gain of queries and keys in one factor, by head
+        square = at_least_fp32(qk).square().mean(-1, keepdim=True)
+        gain = F.pad(self.q_gain, (0, G), value=1.0)[:, None]
+        scale = torch.rsqrt(square + NORM_EPS) * gain
+        q_BTHC, k_BTGC = self.rotary(qk * scale.to(qk.dtype)).split((H, G), dim=2)
+
         y = attend(q_BTHC, k_BTGC, v_BTGC, self.window, self.fa3)
         if self.exclusive:  # a value head is shared by H / G query heads
-            y, v = y.unflatten(2, (self.G, -1)), v_BTGC.unsqueeze(3)
+            y, v = y.unflatten(2, (G, -1)), v_BTGC.unsqueeze(3)
             dot, square = (y * v).sum(-1, keepdim=True), v.square().sum(-1, keepdim=True)
             y = y - dot / (square + NORM_EPS) * v
         return self.out(y.flatten(2), scale_D)
@@ -1685,8 +1689,6 @@ def build_optimizers(model, s, world):
             continue
         role = ROLES[roles[name]]
         rate, decay = getattr(s, role.learning_rate), getattr(s, role.weight_decay)
-        if decay < 0:
-            decay = s.adam_wd
         start = getattr(s, role.start, 0.0)
         facts = dict(lr=rate, base_lr=rate, weight_decay=decay, start=start)
         groups = dict(adam=adam, muon=muon)[role.optimizer]
@@ -2291,7 +2293,7 @@ class Clock:
 class Trainer:
     """All that changes in training and a checkpoint holds: model, optimizers, average, clock."""
 
-    def __init__(self, model, s, world, facts=MappingProxyType({})):
+    def __init__(self, model, s, world, facts=()):
         self.model, self.settings, self.world = model, s, world
         self.facts = dict(facts)  # hashes of source and data, versions
         self.roles, self.parameters = model.parameter_roles(), list(model.parameters())
@@ -2627,11 +2629,7 @@ def run_eval(s, world, artifact):
     figures = score("artifact", model, validation, stride, s, world, RunLog(None))
     print(final_lines(artifact.stored["compress_algo"], **figures))
     if s.eval_spectrum:
-        rank = spectrum(model, validation[0], s)
-        record = json.dumps(dict(kind="spectrum", split=s.eval_split, **rank))
-        print(record)
-        if world.rank == 0:
-            RunLog(Path(s.artifact).parent).append("metrics.jsonl", record)
+        print(json.dumps(spectrum(model, validation[0], s)))
     return 0
 
 

@@ -87,7 +87,7 @@ def small(**changes):
 
 def cpu_world():
     """One process on the CPU, wherever the tests run."""
-    world = train_gpt.World()
+    world = train_gpt.World({})
     world.device = torch.device("cpu")
     return world
 

@@ -35,7 +35,7 @@ class Rank(World):
     """One of several ranks that run one after another; the last to call `sum` gets the whole."""
 
     def __init__(self, rank, size, total):
-        super().__init__()
+        super().__init__({})
         self.rank, self.size, self.total, self.device = rank, size, total, torch.device("cpu")
 
     def sum(self, tensor):

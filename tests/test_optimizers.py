@@ -49,7 +49,7 @@ class ThreadWorld(World):
     """A rank whose collectives are what torch.distributed documents, between threads."""
 
     def __init__(self, rank, ranks):
-        super().__init__()
+        super().__init__({})
         self.device, self.rank, self.size = torch.device("cpu"), rank, ranks.size
         self.ranks = ranks
 
@@ -140,11 +140,6 @@ def test_every_parameter_is_in_one_group_with_optimizer_rate_decay_and_start_of_
         t = trainer(**kind, **TELLING, **everything)
         expected = {name: expected_rule(name) for name, _ in t.model.named_parameters()}
         assert rules(t) == expected, kind
-
-
-def test_scalars_decay_as_tables_where_their_own_decay_is_not_set():
-    decays = {rule[2] for rule in rules(trainer(**{**TELLING, "scalar_wd": -1.0})).values()}
-    assert decays == {0.6, 0.7}
 
 
 def test_what_is_not_trained_is_in_no_group():
@@ -476,7 +471,7 @@ def test_averaging_changes_no_weight():
 
 def test_adam_equals_a_few_lines_of_its_paper():
     """AdamW with decays 0.9 and 0.95, epsilon 1e-8 and its own rates, on the gradients that it got."""
-    t = trainer(grad_clip_norm=0.0, adam_wd=0.1, tied_embed_lr=0.02, scalar_lr=0.03)
+    t = trainer(grad_clip_norm=0.0, adam_wd=0.1, scalar_wd=0.1, tied_embed_lr=0.02, scalar_lr=0.03)
     names = {"tok_emb.weight": 0.02, "skip_weights": 0.03, "blocks.0.attn.q_gain": 0.03}
     state, gradients = {}, {}
     for name in names:
