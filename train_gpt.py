@@ -115,7 +115,7 @@ class Hyperparameters:
     allow_near_misses: bool = free_setting(False, "accept variables that look like misspelt settings")
 
     # Data
-    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin; demo: Python's docs")
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of the shards; demo: Python's own texts")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     vocab_size: int = model_setting(1024, "tokens in the vocabulary", "2 to 65536")
 
@@ -136,7 +136,7 @@ class Hyperparameters:
     skip_gates: bool = model_setting(False, "skips are mixed in by learned gates instead of added")
     loop_layers: str = model_setting("", "layers that run twice, from 0, separated by commas; empty: none")
     loop_start_frac: float = setting(0.5, "share of training from which LOOP_LAYERS run twice", "0 to 0.99")
-    parallel_from: int = model_setting(1000, "first layer whose attention and MLP have a lane each; NUM_LAYERS or more: none")
+    parallel_from: int = model_setting(1000, "first layer of those whose attention and MLP have a lane each")
     # ... embeddings
     smear_gate: bool = model_setting(True, "blend each embedding with the token before")
     bigram_hash: bool = model_setting(True, "add a hashed bigram embedding")
@@ -166,7 +166,7 @@ class Hyperparameters:
     train_batch_tokens: int = setting(786432, "tokens a step, over all ranks", "1 to 1e12")
     shuffle: bool = setting(False, "a new order of the sequences in each pass over the data; 0: the files' order")
     train_seq_len: int = model_setting(2048, "tokens a sequence, in training and evaluation", "1 to 16777216")
-    micro_batch_tokens: int = setting(0, "tokens of a forward pass on a rank, at least a sequence; 0: 131072 on CUDA, else 4096")
+    micro_batch_tokens: int = setting(0, "tokens of a forward pass on a rank; 0: 131072 on CUDA, else 4096")
     iterations: int = setting(20000, "steps at most; 0: export and score the untrained model")
     max_wallclock_seconds: float = setting(600.0, "cap on training time, seconds; 0: none")
     warmup_steps: int = setting(20, "steps that prime the compiled code, then are undone; outside the cap")
@@ -194,7 +194,7 @@ class Hyperparameters:
     scalar_wd: float = setting(0.04, "weight decay of scales, gains, gates, biases")
     grad_clip_norm: float = setting(0.3, "largest norm of the whole gradient; 0: no clipping")
     use_ema: bool = setting(True, "export the exponential moving average of the weights")
-    ema_alpha: float = setting(0.997, "the average's decay a step, at most (1 + t) / (10 + t)", "0 to 0.999999")
+    ema_alpha: float = setting(0.997, "the average's decay, at most (1 + t) / (10 + t)", "0 to 0.999999")
 
     # Evaluation
     eval_stride: int = eval_setting(64, "tokens scored a window in the end; 0, or above TRAIN_SEQ_LEN: all")
