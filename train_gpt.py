@@ -475,7 +475,8 @@ def in_words(error):
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
         return "out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or the sizes of the model"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile fails here ({text[:200]}); set COMPILE=0"
+        remedy = "ATTN_BACKEND=flash" if "flash_attn" in text else "COMPILE=0"
+        return f"torch.compile fails here ({text[:200]}); set {remedy}"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or text}"
     if isinstance(error, UserError):
@@ -2050,7 +2051,7 @@ def decode_payload(s, payload):
 
 def encode(state, roles, s, step):
     """The artifact's bytes, a pure function of the arguments."""
-    header = json.dumps(s.as_dict(STORED), separators=(",", ":")).encode()
+    header = json.dumps(s.as_dict(STORED)).encode()
     body = header + b"\n" + encode_payload(state, roles, step, s.compress_algo)
     return MAGIC + hashlib.sha256(body).digest() + body
 
@@ -2801,7 +2802,7 @@ def read_run(folder):
         folder=folder,
         config=config,
         head=printable(run["head"]),
-        chosen=FIELDS.keys() & run["chosen"],
+        chosen=FIELDS.keys() & run.get("chosen", ()),
     )
 
 

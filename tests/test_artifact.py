@@ -759,7 +759,7 @@ def sealed(body):
 def forged(header, payload):
     """An artifact with a right checksum around any header (an object, or its bytes) and payload."""
     if not isinstance(header, bytes):
-        header = json.dumps(header, separators=(",", ":")).encode()
+        header = json.dumps(header).encode()
     return sealed(header + b"\n" + payload)
 
 

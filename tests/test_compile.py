@@ -60,6 +60,12 @@ def test_a_whole_run_compiles_only_while_the_clock_stands_and_nothing_twice(
     assert len(compilations) == 5
 
 
+def test_a_kernel_that_cannot_be_compiled_is_no_reason_to_compile_nothing():
+    fault = dynamo.exc.Unsupported("cannot trace flash_attn_interface.flash_attn_func")
+    assert train_gpt.in_words(fault).endswith("set ATTN_BACKEND=flash")
+    assert train_gpt.in_words(dynamo.exc.Unsupported("no C++")).endswith("set COMPILE=0")
+
+
 # ---- where there is a GPU: `pytest -m cuda` ----
 
 
