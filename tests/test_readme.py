@@ -115,6 +115,22 @@ def test_the_submission_is_whole_within_the_limit_and_of_the_same_run_as_the_log
     assert f"Total submission size int8+zlib: {total} bytes" in log
 
 
+def test_every_figure_of_readme_stands_in_a_log_or_in_the_results():
+    """Rounded as README has it: in train.log, submission.json, or .study with its source commit."""
+    number = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?![\w.])|(?<![\w.])\d{1,3}(?:,\d{3})+(?![\w.])")
+    sources = ["train.log", "submission.json", ".study/RESULTS.md", ".study/H100.md"]
+    sources = "\n".join((ROOT / path).read_text(encoding="utf-8") for path in sources)
+    known = {float(found.replace(",", "")) for found in re.findall(r"\d[\d,]*\.?\d*", sources)}
+    readme, missing = README.read_text(encoding="utf-8"), []
+    for name in ("answer", "demo", "results"):
+        section = readme.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0]
+        for found in number.findall(section):
+            value, decimals = float(found.replace(",", "")), len(found.partition(".")[2])
+            if not any(round(one, decimals) == value for one in known):
+                missing.append(found)
+    assert not missing
+
+
 if __name__ == "__main__":
     old = README.read_text(encoding="utf-8")
     new = BETWEEN.sub(lambda _: BEGIN + settings_section() + END, old)
