@@ -420,7 +420,9 @@ def check(s):
     need(s.num_heads % s.num_kv_heads == 0, "NUM_KV_HEADS", f"divide NUM_HEADS={s.num_heads}")
     rotated = s.rope_dims or width
     fits = rotated % 2 == 0 and 4 <= rotated <= width
-    need(fits, "ROPE_DIMS", f"be 0, or even, at least 4 and at most {width}")
+    need(fits, "ROPE_DIMS", f"be even, at least 4 and at most {width} (0: the head's {width})")
+    half = s.num_layers // 2
+    need(s.parallel_from >= half, "PARALLEL_FROM", f"be at least {half}, where skips come back")
     value_layers(s)
     layer_order(s)
 
@@ -437,7 +439,8 @@ def check(s):
     # settings of one mode
     need(s.artifact or s.mode != "eval", "ARTIFACT", "name an artifact to read")
     for name, mode in MODE_OF.items():
-        need(name not in s.given or s.mode == mode, name, f"be unset but for MODE={mode}")
+        unset = getattr(s, name.lower()) == FIELDS[name].default
+        need(unset or s.mode == mode, name, f"be unset but for MODE={mode}")
 
 
 # ---- World: one process or torchrun's many; with one, communication is skipped -------------------
@@ -449,6 +452,10 @@ MEETING = datetime.timedelta(seconds=30)  # for ranks to find each other at the 
 
 class Interrupted(Exception):
     """A signal asked the run to stop; `args[0]` is its number."""
+
+
+class Diverged(UserError):
+    """The loss is no number any more, so the state is not worth a checkpoint."""
 
 
 @contextmanager
@@ -2202,7 +2209,7 @@ class RunLog:
 
 def check_finite(loss, step):
     if not math.isfinite(loss):
-        raise UserError(
+        raise Diverged(
             f"step {step}: the loss is {loss}; "
             "lower the learning rates; the last good checkpoint, if any, stays"
         )
@@ -2384,7 +2391,7 @@ class Trainer:
             tensor.copy_(saved)
         expect(state["steps"] in range(self.settings.iterations + 1), "its step is not the run's")
         self.grid, self.clock = state["grid"], Clock(self.world, state["seconds"])
-        self.steps = int(state["steps"])
+        self.steps, self.whole = int(state["steps"]), True
 
     def save(self, log):
         """Write checkpoint.pt on rank 0, unless the state is broken: then the one before stays."""
@@ -2431,7 +2438,7 @@ class Trainer:
         s, step, seconds = self.settings, self.steps, self.clock.seconds()
         each = 1000 * seconds / max(step, 1)
         timing = f"train_time:{1000 * seconds:.0f}ms step_avg:{each:.2f}ms"
-        left = max(0.0, seconds / max(progress(step, seconds, s), 1e-9) - seconds)
+        left = max(0.0, seconds / (progress(step, seconds, s) or 1.0) - seconds)
         line = f"step:{step}/{s.iterations} {text} {timing} eta:{left:.0f}s"
         log.write(line, kind=kind, step=step, train_seconds=seconds, **figures)
 
@@ -2444,14 +2451,14 @@ class Trainer:
         log.write(f"late_qat: from step {self.steps}, quantization step {self.grid:.4g}")
 
 
-def send(loss, step):
+def send_loss(loss, step):
     """A step's loss on its way to the host, and the event after which it is there."""
     host, event = loss.to("cpu", non_blocking=True), torch.get_device_module(loss.device).Event()
     event.record()
     return step, host, event
 
 
-def receive(step, host, event):
+def await_loss(step, host, event):
     """That loss: it waits for its step, not for later ones. UserError where it is no number."""
     event.synchronize()
     check_finite(host.item(), step)
@@ -2495,13 +2502,13 @@ def train(trainer, shards, validation, log):
             trainer.start_late_qat(log)
         batches = upcoming.result()
         upcoming = thread.submit(train_batch, shards, step + 1, s, world)
-        sent.append(send(trainer.step(batches, scale, share), step + 1))
+        sent.append(send_loss(trainer.step(batches, scale, share), step + 1))
 
         # the host runs one step ahead of the device, or none where this step is logged
         if len(sent) > 1:
-            receive(*sent.pop(0))
+            await_loss(*sent.pop(0))
         if s.train_log_every and (step < 10 or (step + 1) % s.train_log_every == 0):
-            loss = receive(*sent.pop())
+            loss = await_loss(*sent.pop())
             text = f"train_loss:{loss:.4f}"
             trainer.record(log, "train", text, train_loss=loss, lr_scale=scale)
 
@@ -2679,7 +2686,8 @@ def run_train(s, world, artifact):
             data = f"data: {s.data_path} {sizes} unigram_val_bpb:{unigram:.4f}"
             log.opening(s, world, data, facts)
             if artifact:
-                log.write(f"init_from: {adopt(model, artifact, weights, s)} of {s.init_from}")
+                part = adopt(model, artifact, weights, s)
+                log.write(f"init_from: {part} of {s.init_from}")
         trainer = Trainer(model, s, world, facts)
         trainer.begin(checkpoint, shards, log)
         train(trainer, shards, validation, log)
@@ -2694,7 +2702,8 @@ def run_train(s, world, artifact):
 def end_early(error, trainer, log):
     """Save what was trained, and say in the log why the run ended; nothing here hides the error."""
     reason = in_words(error) or f"a defect of this program, {type(error).__name__}: {error}"
-    if trainer and trainer.steps:
+    worth_saving = trainer and (trainer.steps or isinstance(error, Interrupted))
+    if worth_saving and not isinstance(error, Diverged):
         try:
             if trainer.save(log):
                 again = f"the same command with RUN_ID={trainer.settings.run_id} goes on"
@@ -2722,7 +2731,7 @@ def flops_per_token(model, s):
 
 def bench(s, world, artifact):
     """MODE=bench: time training steps of tied and of the chosen head, in turn, on random tokens."""
-    if world.device.type == "cpu" and "TRAIN_BATCH_TOKENS" not in s.given:
+    if world.device.type == "cpu" and not {"TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"} & s.given.keys():
         s = replace(s, train_batch_tokens=4096, train_seq_len=256)
     s, attention = choose_attention(s, world)
     tied = replace(s, head_type="tied", head_variant="", head_trainable=True, train_only="all")
@@ -2782,8 +2791,8 @@ def welch(a, b):
 
 
 def printable(text):
-    """A stranger's string without control characters, Markdown's columns and TeX's dollars."""
-    return re.sub(r"[^\w -#%-{}~]", "?", str(text))[:120]
+    """A stranger's string in ASCII, without Markdown's columns and TeX's dollars."""
+    return re.sub("[^ -#%-{}~]", "?", str(text))[:120]
 
 
 def read_run(folder):
@@ -2887,7 +2896,7 @@ def run_table(s, world, artifact):
     print("", *remarks, sep="\n")
     try:
         print(f"picture: {draw(rows, runs[0]['folder'].parent)}")
-    except Exception as error:  # no matplotlib, no right to write, a damaged metrics.jsonl
+    except Exception as error:  # no matplotlib, no right to write
         print("no picture:", printable(error))
     return 0
 
@@ -2899,9 +2908,10 @@ def draw(rows, folder):
     figure = Figure(figsize=(12, 5), layout="constrained")
     curves, gains = figure.subplots(1, 2)
     for i, row in enumerate(rows):
-        color, label = f"C{i}", f"{row.head}{row.differs}"[:60]
+        color, label = f"C{i}", f"{i} {row.head}{row.differs}"[:60]
         for run in row.runs:
-            curves.plot(*zip(*training_curve(run)), color=color, linewidth=0.8)
+            with suppress(OSError, ValueError, LookupError, TypeError):  # a damaged metrics.jsonl
+                curves.plot(*zip(*training_curve(run)), color=color, linewidth=0.8)
         ends = row.all("wallclock_seconds"), row.all("val_loss")
         curves.plot(*ends, ".", color=color, label=label)
         if row.gain is not None:
