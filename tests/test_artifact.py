@@ -394,6 +394,17 @@ def test_the_fit_at_its_ends():
         assert len(sizes) < 40 and all(FINEST <= step <= COARSEST for step in sizes)
 
 
+def test_the_fit_ends_with_the_first_size_within_a_thousandth_of_the_limit():
+    sizes = []
+
+    def size(step):
+        sizes.append(100 / step)
+        return sizes[-1]
+
+    fit(size, 300)
+    assert [299.7 < found <= 300 for found in sizes].index(True) == len(sizes) - 1
+
+
 def test_the_fit_keeps_to_the_limit_where_sizes_jump_or_fall_and_rise():
     """It need not be the finest step there, but it fits, and is no octave coarser than the first that does."""
 

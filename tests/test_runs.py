@@ -17,10 +17,12 @@ import torch
 from conftest import (
     SCRIPT,
     SMALL_RUN,
+    cpu_world,
     last_line,
     losses,
     run,
     run_here,
+    small,
     start,
     stop,
     wait_for,
@@ -292,6 +294,16 @@ def test_finished_run_is_not_repeated_and_its_name_not_reused(finished, data):
     assert (finished / "runs/done/train.log").read_bytes() == before
 
 
+def test_a_finished_run_is_of_its_data_and_of_the_artifact_it_started_from(finished):
+    result = result_of(finished / "runs/done")
+    s = train_gpt.Hyperparameters(**result["settings"])
+    facts = {name: result[name] for name in ("data_sha256", "init_sha256")}
+    assert train_gpt.earlier_run(finished / "runs/done", s, facts) == (result, None)
+    for name in facts:
+        with pytest.raises(train_gpt.UserError, match=f"was run with {name.upper()}=.*, not 0a; "):
+            train_gpt.earlier_run(finished / "runs/done", s, facts | {name: "0a"})
+
+
 def test_without_a_name_a_run_is_called_after_time_head_and_seed(data, tmp_path):
     for _ in range(2):
         run_here(tmp_path, SMALL_RUN, data, dict(ITERATIONS=0, HEAD_TYPE="untied", SEED=5))
@@ -366,8 +378,9 @@ def test_diverged_run_stops_with_the_step_and_writes_no_artifact(data, tmp_path)
     wild = dict(MATRIX_LR=1e12, SCALAR_LR=1e12, TIED_EMBED_LR=1e12, LOGIT_SOFTCAP=0)
     settings = dict(wild, GRAD_CLIP_NORM=0, ITERATIONS=60, RUN_ID="nan")
     err = run_here(tmp_path, SMALL_RUN, data, settings, code=2)
-    assert re.fullmatch(r"error: step \d+: the loss is (nan|inf); .*\n", err), err
+    said = re.fullmatch(r"error: step (\d+): the loss is (nan|inf); .*\n", err)
     folder = tmp_path / "runs/nan"
+    assert said and int(said.group(1)) == records(folder)[-1]["step"] + 1, err
     assert last_line(folder).startswith(f"ended: {err[len('error: ') : -1]}")
     assert {path.name for path in folder.iterdir()} <= {"train.log", "metrics.jsonl", ".lock"}
 
@@ -387,6 +400,32 @@ def test_bench_reports_tied_and_the_chosen_head_without_data(tmp_path):
     more = 6 * (2 * 1024 * 32 + own) / 1e6  # and two more products with E
     assert float(rows[1][2]) - float(rows[0][2]) == pytest.approx(more, abs=0.11)
     assert "peak memory allocated" in out and not any(tmp_path.iterdir())
+
+
+def test_bench_divides_medians_by_the_tied_head_s_and_rates_by_the_ranks(monkeypatch, capsys):
+    s, world = small(head_type="mos", head_variant="pr908"), cpu_world()
+    monkeypatch.setattr(train_gpt.Trainer, "step", lambda *_: None)
+    for size in (1, 2):
+        world.size, times = size, iter([9.0] * 6 + [5e-7, 7.5e-7] * 10)  # three rows do not count
+        monkeypatch.setattr(train_gpt.Clock, "stop", lambda clock, times=times: next(times))
+        train_gpt.bench(s, world, None)
+        rows = re.findall(
+            r"tokens/s:(\d+) .* FLOP/token:(\S+)M TFLOP/s/rank:(\S+) .* time to tied:(\S+)$",
+            capsys.readouterr().out,
+            re.M,
+        )
+        tokens, flop, rates, ratios = zip(*rows)
+        assert (tokens, ratios) == (("8192000000", "5461333333"), ("1.000", "1.500"))
+        for n, each, rate in zip(tokens, flop, rates):
+            assert float(rate) == pytest.approx(int(n) * float(each) / 1e6 / size, rel=0.2)
+
+
+def test_layers_that_run_twice_are_counted_twice_in_a_token_s_flop():
+    plain, looped = small(), small(loop_layers="1,2")
+    model, again = train_gpt.GPT(plain), train_gpt.GPT(looped)
+    more = train_gpt.flops_per_token(again, looped) - train_gpt.flops_per_token(model, plain)
+    twice = train_gpt.count_values(model.blocks[1:3].parameters())
+    assert more == 6 * (twice + 2 * 32 * 24)
 
 
 # ---- a head of one's own ----
@@ -510,11 +549,12 @@ def test_a_run_stopped_again_and_again_is_bit_equal_to_one_never_stopped(whole, 
 
 
 def test_a_looped_model_is_scored_as_it_is_trained_also_where_a_resumed_run_begins(data, tmp_path):
-    loops = dict(LOOP_LAYERS="1,2", LOOP_START_FRAC=0.4, VAL_LOSS_EVERY=2)
+    loops = dict(LOOP_LAYERS="1,2", LOOP_START_FRAC=0.7, VAL_LOSS_EVERY=2)
     for name, at in (("whole", {}), ("parts", {3: stop})):
         code = 143 if at else 0
         run_here(tmp_path, SMALL_RUN, data, loops, dict(RUN_ID=name), code=code, at=at)
-    run_here(tmp_path, SMALL_RUN, data, loops, dict(RUN_ID="parts"))  # step 4 is scored first
+    # step 4 is scored first, before the loop starts
+    run_here(tmp_path, SMALL_RUN, data, loops, dict(RUN_ID="parts"))
     for kind in ("train", "val"):
         whole, parts = (
             [r[f"{kind}_loss"] for r in records(tmp_path / "runs" / name) if r["kind"] == kind]
