@@ -131,8 +131,7 @@ class Hyperparameters:
     use_ntk_rope: bool = model_setting(True, "raise the rotary base for TRAIN_SEQ_LEN above 1024")
     qk_gain_init: float = model_setting(1.5, "initial gain of the normed queries")
     xsa_last_n: int = model_setting(4, "last layers whose attention output drops its own value direction")
-    attn_window: int = model_setting(0, "keys that a query of the first ATTN_WINDOW_LAYERS sees, its own included; 0: all")
-    attn_window_layers: int = model_setting(8, "layers with windows, where ATTN_WINDOW is set")
+    attn_window: int = model_setting(0, "keys that a query sees, its own included, in all but the last 3 layers; 0: all")
     skip_gates: bool = model_setting(False, "skips are mixed in by learned gates instead of added")
     loop_layers: str = model_setting("", "layers that run twice, from 0, separated by commas; empty: none")
     loop_start_frac: float = setting(0.5, "share of training from which LOOP_LAYERS run twice", "0 to 0.99")
@@ -862,14 +861,6 @@ def load_byte_counts(path, vocab_size, device):
     return lambda before, token: inside_or_first_2V[control_V[before], token]
 
 
-def unigram_bpb(train, val_N, byte_counts):
-    """Bits per byte of the training text's add-one unigram frequencies: any model must beat it."""
-    start = train.take(0, min(len(train), 10_000_000))
-    seen = np.bincount(start, minlength=train.vocab_size) + 1
-    bits = np.log2(seen.sum() / seen)[val_N[1:].cpu()].sum()
-    return bits / byte_counts(val_N[:-1], val_N[1:]).sum().item()
-
-
 # ---- Modules: norm, linear, rotary, attention, MLP, block, embeddings ----------------------------
 
 NORM_EPS = 1e-7  # explicit, so that it does not depend on the dtype
@@ -1028,7 +1019,7 @@ class Attention(Module):
         self.add("scalar", q_gain=torch.full((H,), s.qk_gain_init))
         self.rotary, self.fa3 = rotary, s.attn_backend == "fa3"
         self.exclusive = layer >= s.num_layers - s.xsa_last_n
-        self.window = s.attn_window if layer < s.attn_window_layers else 0
+        self.window = s.attn_window if layer < s.num_layers - 3 else 0  # as in PR 1512
 
     def forward(self, x_BTD, value, scale_D):
         """`value` is added to the values; `scale_D` multiplies the output."""
@@ -1675,7 +1666,7 @@ class Muon(torch.optim.Optimizer):
 
 def adam_with_state(groups):
     """AdamW whose state is there before the first step: a checkpoint is compared with it."""
-    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     for group in groups:
         for p in group["params"]:
             adam.state[p] = dict(
@@ -2290,13 +2281,6 @@ class Clock:
         self.banked, self.started = self.seconds(), math.inf
         return self.banked
 
-    @contextmanager
-    def paused(self):
-        """Inside, time does not count."""
-        self.stop()
-        yield
-        self.start()
-
 
 class Trainer:
     """All that changes in training and a checkpoint holds: model, optimizers, average, clock."""
@@ -2437,9 +2421,9 @@ class Trainer:
         """A line of the log about the present step, and its figures in metrics.jsonl."""
         s, step, seconds = self.settings, self.steps, self.clock.seconds()
         each = 1000 * seconds / max(step, 1)
-        timing = f"train_time:{1000 * seconds:.0f}ms step_avg:{each:.2f}ms"
         left = max(0.0, seconds / (progress(step, seconds, s) or 1.0) - seconds)
-        line = f"step:{step}/{s.iterations} {text} {timing} eta:{left:.0f}s"
+        timing = f"train_time:{1000 * seconds:.0f}ms step_avg:{each:.2f}ms eta:{left:.0f}s"
+        line = f"step:{step}/{s.iterations} {text} {timing}"
         log.write(line, kind=kind, step=step, train_seconds=seconds, **figures)
 
     def start_late_qat(self, log):
@@ -2485,15 +2469,17 @@ def train(trainer, shards, validation, log):
         due = s.val_loss_every > 0 and step % s.val_loss_every == 0
         if due or over:
             trainer.model.looped = share >= s.loop_start_frac  # as it is trained, resumed or not
-            with clock.paused():
-                trainer.validate(validation, log)
+            clock.stop()
+            trainer.validate(validation, log)
+            clock.start()
         if over:
             break
 
         # once in a while: a checkpoint
         if 0 < s.checkpoint_seconds <= seconds - last_save:
-            with clock.paused():
-                trainer.save(log)
+            clock.stop()
+            trainer.save(log)
+            clock.start()
             last_save = seconds
 
         # one step
@@ -2619,7 +2605,7 @@ def finish(trainer, validation, log):
     log.write(final_lines(s.compress_algo, **final), kind="final", **result)
     if s.preset == "demo":
         log.write(
-            "val_bpb is bits per byte of unseen text: compare it with unigram_val_bpb above\n"
+            "val_bpb: this model needs so many bits for a byte of unseen text, plain text has 8\n"
             "try next: the same with HEAD_TYPE=mos, then MODE=table python train_gpt.py"
         )
     if world.rank == 0:
@@ -2682,9 +2668,7 @@ def run_train(s, world, artifact):
         model = build_model(s, world)
         if checkpoint is None:
             sizes = f"train_tokens:{len(shards)} {s.eval_split}_tokens:{len(validation[0])}"
-            unigram = unigram_bpb(shards, *validation)
-            data = f"data: {s.data_path} {sizes} unigram_val_bpb:{unigram:.4f}"
-            log.opening(s, world, data, facts)
+            log.opening(s, world, f"data: {s.data_path} {sizes}", facts)
             if artifact:
                 part = adopt(model, artifact, weights, s)
                 log.write(f"init_from: {part} of {s.init_from}")
@@ -2702,8 +2686,8 @@ def run_train(s, world, artifact):
 def end_early(error, trainer, log):
     """Save what was trained, and say in the log why the run ended; nothing here hides the error."""
     reason = in_words(error) or f"a defect of this program, {type(error).__name__}: {error}"
-    worth_saving = trainer and (trainer.steps or isinstance(error, Interrupted))
-    if worth_saving and not isinstance(error, Diverged):
+    begun = trainer and (trainer.steps or isinstance(error, Interrupted))
+    if begun and not isinstance(error, Diverged):
         try:
             if trainer.save(log):
                 again = f"the same command with RUN_ID={trainer.settings.run_id} goes on"

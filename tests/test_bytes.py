@@ -4,14 +4,12 @@ import io
 import os
 import random
 
-import numpy as np
 import pytest
 import sentencepiece
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import train_gpt
 from train_gpt import BOS_ID, UserError, load_byte_counts
 
 SPACE = "\u2581"  # SentencePiece's mark of a space
@@ -189,16 +187,6 @@ def test_a_tokenizer_of_bytes_and_two_letters_counts_too(tmp_path):
     for text in ("abba", "xyz", "a\u00e9"):
         ids = torch.tensor([BOS_ID, *tokenizer.sp.encode(text)])
         assert tokenizer.counts(ids[:-1], ids[1:]).sum() == len(text.encode())
-
-
-def test_the_unigram_s_bits_per_byte_are_those_of_add_one_frequencies(tmp_path):
-    train_gpt.write_shard(tmp_path / "fineweb_train_0.bin", [1, 2, 2, 3, 2])
-    shards = train_gpt.Shards(tmp_path, "train", 4)
-    probability = np.array([1, 2, 4, 2]) / 9
-    val_N = torch.tensor([1, 2, 3, 0, 2])
-    bits = -np.log2(probability[[2, 3, 0, 2]]).sum()
-    bpb = train_gpt.unigram_bpb(shards, val_N, lambda before, token: before + 2 * token)
-    assert bpb == pytest.approx(bits / (1 + 4 + 2 + 6 + 3 + 0 + 0 + 4))
 
 
 # ---- what is no tokenizer, or another's ----

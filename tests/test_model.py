@@ -31,7 +31,7 @@ SWITCHES = [
     dict(num_layers=2, ve_layers="0", xsa_last_n=1),
     dict(num_layers=1, ve_layers="0", xsa_last_n=1),
     dict(mlp_mult=1, mlp_slope=0.5),
-    dict(attn_window=5, attn_window_layers=3),
+    dict(attn_window=5, num_layers=6),
     dict(bigram_at="input"),
     dict(skip_gates=True),
     dict(loop_layers="1,2"),
@@ -45,7 +45,6 @@ SWITCHES = [
         ve_layers="3,5",
         xsa_last_n=6,
         attn_window=7,
-        attn_window_layers=4,
         bigram_at="input",
         skip_gates=True,
         mlp_slope=0.5,
@@ -115,7 +114,7 @@ def rotate(v, angles):
 def naive_attention(w, s, layer, x, value):
     """T x D -> T x D, one query head and one position at a time."""
     prefix = f"blocks.{layer}.attn"
-    window = s.attn_window if s.attn_window and layer < s.attn_window_layers else len(x)
+    window = s.attn_window if s.attn_window and layer < s.num_layers - 3 else len(x)
     H, G, C = s.num_heads, s.num_kv_heads, s.model_dim // s.num_heads
     q, k, v = (x @ w[f"{prefix}.{name}.weight"].T for name in "qkv")
     v = v if value is None else v + value
