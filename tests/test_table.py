@@ -280,7 +280,7 @@ def test_the_picture_shows_losses_and_gains_over_tied_with_their_intervals(tmp_p
     assert segment[:, 0] == pytest.approx([want.low, want.high], rel=1e-3)
     names = [label.get_text() for label in gains.get_yticklabels()]
     places = [container[0].get_ydata(orig=False)[0] for container in (mos, wide)]
-    assert names == ["mos", "wide"] and places == list(gains.get_yticks())
+    assert names == ["1 mos", "2 wide"] and places == list(gains.get_yticks())
 
 
 def test_a_run_without_training_lines_does_not_hinder_the_picture(tmp_path, table, figure):
