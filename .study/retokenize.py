@@ -2,8 +2,9 @@
 
 DEST/v1024  the training shards as they are, and the first 524,289 validation tokens
 DEST/v4096  the same text, training and validation, in a BPE of 4,096 tokens learned on the start of the training text
+DEST/v8192  and in one of 8,192
 
-Bits per byte compare across the two, since both score the same text.
+Bits per byte compare across them, since all score the same text.
 """
 
 import io
@@ -34,12 +35,12 @@ def documents(tokens, processor):
         yield processor.decode(part[1:].tolist())
 
 
-def train_tokenizer(texts):
+def train_tokenizer(texts, vocab_size):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
-        vocab_size=4096,
+        vocab_size=vocab_size,
         model_type="bpe",
         byte_fallback=True,
         character_coverage=0.999,
@@ -66,14 +67,16 @@ def main(wiki, dest):
     write(dest / "v1024/fineweb_val_000000.bin", val)
     (dest / "v1024/tokenizer.model").write_bytes(tokenizer)
 
-    texts = list(documents(train, processor))
-    tokenizer = train_tokenizer(texts[:600])
-    processor_4096 = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
-    (dest / "v4096").mkdir()
-    for split, parts in (("train", texts), ("val", documents(val, processor))):
-        encoded = processor_4096.encode(list(parts), add_bos=True)
-        write(dest / f"v4096/fineweb_{split}_000000.bin", np.concatenate(encoded))
-    (dest / "v4096/tokenizer.model").write_bytes(tokenizer)
+    texts, val_texts = list(documents(train, processor)), list(documents(val, processor))
+    for size in (4096, 8192):
+        folder = dest / f"v{size}"
+        folder.mkdir()
+        tokenizer = train_tokenizer(texts[:600], size)
+        larger = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
+        for split, parts in (("train", texts), ("val", val_texts)):
+            encoded = larger.encode(parts, add_bos=True)
+            write(folder / f"fineweb_{split}_000000.bin", np.concatenate(encoded))
+        (folder / "tokenizer.model").write_bytes(tokenizer)
 
 
 if __name__ == "__main__":
