@@ -31,6 +31,7 @@ suffixes: B sequences, T positions, N = B T tokens, D model width, V vocabulary,
 G key-value heads, C channels of one head, K mixture components, R rank, M simplex corners.
 """
 
+# Python's own
 import ast
 import copy
 import datetime
@@ -50,6 +51,8 @@ import sys
 import time
 import zipfile
 import zlib
+
+# ... of which single names
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -428,8 +431,6 @@ def check(s):
     # codecs, paths
     codec = s.compress_algo == "zlib" or zstandard
     need(codec, "COMPRESS_ALGO", "be zlib, or the package zstandard be installed")
-    need(s.data_path, "DATA_PATH", "name a folder of shards, or be `demo`")
-    need(s.tokenizer_path, "TOKENIZER_PATH", "name the SentencePiece model of the shards")
     own = s.data_path == "demo" and "TOKENIZER_PATH" in s.given
     need(not own, "TOKENIZER_PATH", "be unset with DATA_PATH=demo, which has its own")
     plain = re.fullmatch(r"(?!\.+\Z)[\w.-]{0,200}", s.run_id, re.ASCII)
@@ -773,29 +774,6 @@ def demo_documents():
     return sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest())  # mixed
 
 
-def train_tokenizer(texts, vocab_size):
-    """A SentencePiece BPE model with byte fallback; UserError if the text is too short for it."""
-    model = io.BytesIO()
-    with blaming(f"VOCAB_SIZE={vocab_size}", "does not suit the demo's text, use 1024"):
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            max_sentence_length=1_000_000,
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=0.999,
-            add_dummy_prefix=False,
-            # as in the challenge's tokenizer; 2 ends a text
-            pad_id=0,
-            bos_id=BOS_ID,
-            unk_id=3,
-            num_threads=1,
-            minloglevel=2,
-        )
-    return model.getvalue()
-
-
 def build_demo(folder, vocab_size):
     """Write train, val and test shards and a tokenizer to `folder`, unless they are there.
 
@@ -807,12 +785,31 @@ def build_demo(folder, vocab_size):
     folder.mkdir(parents=True, exist_ok=True)
     texts = demo_documents()
     splits = dict(val=texts[:200], test=texts[200:400], train=texts[400:])
-    model = train_tokenizer(splits["train"], vocab_size)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    # a BPE with byte fallback, as the challenge's; 2 ends a text
+    model = io.BytesIO()
+    with blaming(f"VOCAB_SIZE={vocab_size}", "does not suit the demo's text, use 1024"):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(splits["train"]),
+            max_sentence_length=1_000_000,
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.999,
+            add_dummy_prefix=False,
+            pad_id=0,
+            bos_id=BOS_ID,
+            unk_id=3,
+            num_threads=1,
+            minloglevel=2,
+        )
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     for split, documents in splits.items():
         tokens = np.concatenate(processor.encode(documents, add_bos=True))
         write_shard(folder / f"fineweb_{split}_000000.bin", tokens)
-    write_whole(finished, model)
+    write_whole(finished, model.getvalue())
 
 
 def prepare_demo(s, world):
@@ -994,8 +991,6 @@ def try_attention(s, world):
     cuda.enable_mem_efficient_sdp(name == "efficient")
     cuda.enable_math_sdp(name == "math" or s.attn_window > 0)  # windows are masks
     if name == "fa3":
-        if torch.cuda.get_device_capability(world.device)[0] != 9:
-            raise RuntimeError("no GPU of compute capability 9")
         torch.nn.attention.activate_flash_attention_impl("FA3")
     attention = Attention(s, 0, Rotary(s)).to(world.device)
     x_BTD = torch.zeros(1, s.train_seq_len, s.model_dim, device=world.device)
@@ -1142,11 +1137,11 @@ class Head(Module):
     """An output head: its own parameters, their initial values and roles, and its logits.
 
     h_ND are normed hidden states, x_N current tokens, y_N targets, E_VD the token embedding. A head
-    that is no softmax of logits overrides `nll` and `log_probs`. It may declare:
+    gives `logits(h_ND, x_N, E_VD)`, NxV; or, where it is no softmax of logits, `nll` and `log_probs`
+    of its own. It may declare:
     """
 
     uses = ()  # the settings that it reads, beside those of every head
-    least_rank = 0  # of HEAD_RANK
     head_lr = 0.01  # for HEAD_LR=0
     head_matrix_lr = 0.001  # for HEAD_MATRIX_LR=0
     products_with_E = 1  # matrix products with E for a token; 0: E makes no logits
@@ -1167,9 +1162,6 @@ class Head(Module):
         """c tanh(z / c) in float32 or float64; the identity for c = 0."""
         z = at_least_fp32(z)
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
-
-    def logits(self, h_ND, x_N, E_VD):
-        raise NotImplementedError
 
     def nll(self, h_ND, x_N, y_N, E_VD):
         """Negative log-likelihood of each target in nats, nll_N."""
@@ -1217,7 +1209,6 @@ class Factorized(Head):
     """cap(g C A h): a softmax bottleneck of rank R, g a learned scale (study A, H1 and H2)."""
 
     uses = ("head_lr", "head_matrix_lr", "head_rank")
-    least_rank = 1
     products_with_E = 0
 
     def build(self, s, D, V, R):
@@ -1267,7 +1258,7 @@ class Wide(Head):
     """cap(E h + C relu(A h)^2): R more features than the width, so logits of rank D + R."""
 
     uses = ("head_lr", "head_matrix_lr", "head_rank", "head_start_frac")
-    least_rank, head_matrix_lr = 1, 0.01
+    head_matrix_lr = 0.01
 
     def build(self, s, D, V, R):
         self.add("head_matrix", A_RD=fan_in_normal(R, D))
@@ -1282,7 +1273,7 @@ class Bigram(Head):
     """cap(E h + C a[x]): the tied head and a factored bigram bias on the current token x."""
 
     uses = ("head_lr", "head_rank", "head_start_frac")
-    least_rank, head_lr = 1, 0.004
+    head_lr = 0.004
 
     def build(self, s, D, V, R):
         self.add("head_vocab", a_VR=torch.randn(V, R), C_VR=torch.zeros(V, R))
@@ -1301,7 +1292,6 @@ class MixtureOfSoftmaxes(Head):
     """
 
     uses = ("head_k", "head_matrix_lr", "head_rank", "head_start_frac")
-    least_rank = 1
 
     def build(self, s, D, V, R):
         K = self.products_with_E = s.head_k
@@ -1358,7 +1348,6 @@ class MixturePR908(Head):
     """cap(sum_k pi_k C_k A_k h), pi = softmax(G h): a mixture of logits, so of rank K R."""
 
     uses = ("head_k", "head_lr", "head_matrix_lr", "head_rank")
-    least_rank = 1
     products_with_E = 0
 
     def build(self, s, D, V, R):
@@ -1429,7 +1418,7 @@ def check_head(s):
         users = [other for other, cls in HEADS.items() if name.lower() in cls.uses]
         if users and name.lower() not in head.uses:
             raise s.wrong(name, f"be unset: {named} does not use it ({', '.join(users)} does)")
-    if s.head_rank < head.least_rank:
+    if s.head_rank == 0 and head is not Delta:
         raise s.wrong("HEAD_RANK", f"be at least 1 with {named}")
     if s.train_only == "head" and (s.head_type == "tied" or not s.head_trainable):
         raise s.wrong("TRAIN_ONLY", "be all where no head is trained")
@@ -1596,9 +1585,7 @@ class Role:
 
     def fineness(self, rows):
         """Of a matrix of so many rows: where they make logits, one of many matters less often."""
-        if self.finer <= 2 or rows <= 1024:
-            return self.finer
-        return max(1.0, self.finer * 1024 / rows)
+        return max(min(self.finer, 2), self.finer * 1024 / max(rows, 1024))
 
 
 # fmt: off
@@ -1755,11 +1742,6 @@ def average_decay(step, s):
     return min(s.ema_alpha, (1 + step) / (10 + step))
 
 
-def late_qat_starts(scale, s):
-    """Whether training goes through the export's rounding, by the scale of the learning rates."""
-    return s.late_qat and scale < s.qat_threshold
-
-
 # ---- Evaluate: exact bits per byte, plain or sliding ---------------------------------------------
 
 
@@ -1801,7 +1783,7 @@ def evaluate(model, validation, stride, s, world):
         text_bytes = byte_counts(x_BT[:, -scored:], y_BT[:, -scored:])
         nats = nll(x_BT, y_BT, scored)
         sums += torch.stack(((nats * exists).sum(), (text_bytes * exists).sum(), exists.sum()))
-    nats, text_bytes, count = world.sum(sums.cpu()).tolist()
+    nats, text_bytes, count = world.sum(sums).tolist()
     return nats / count, nats / math.log(2) / text_bytes
 
 
@@ -1822,7 +1804,7 @@ def spectrum(model, tokens_N, s):
         z_TV -= z_TV.mean(dim=-1, keepdim=True)
         gram_VV.addmm_(z_TV.T, z_TV)
 
-    energy_V = torch.linalg.eigvalsh(gram_VV.cpu()).flip(0).clamp_min(0)
+    energy_V = torch.linalg.eigvalsh(gram_VV).flip(0)
     share_V = energy_V / energy_V.sum()
     return dict(
         contexts=contexts,
@@ -2219,8 +2201,6 @@ def claim_folder(s):
                 f"RUN_ID={s.run_id}: that run is in progress; wait for it or choose another name"
             ) from None
         for path in folder.iterdir():
-            if path.is_dir():
-                raise UserError(f"{path}: is a folder where a run's files belong; remove it")
             if path.suffix == ".part":  # of a run that was killed while it wrote
                 path.unlink()
     return folder, lock
@@ -2368,14 +2348,17 @@ class Trainer:
         )
 
     def restore(self, state):
-        """Take over a state; raises anything where that is not one of this run."""
-        for tensor, saved in zip(self.tensors(), state["tensors"], strict=True):
-            alike = tensor.shape == saved.shape and tensor.dtype == saved.dtype
-            expect(alike, "it has other tensors")
-            tensor.copy_(saved)
+        """Take over a state; raises anything, and changes nothing, where that is none of this run."""
+        pairs = list(zip(self.tensors(), state["tensors"], strict=True))
+        for tensor, saved in pairs:
+            same = (tensor.shape, tensor.dtype) == (saved.shape, saved.dtype)
+            expect(same, "it has other tensors")
         expect(state["steps"] in range(self.settings.iterations + 1), "its step is not the run's")
+
+        for tensor, saved in pairs:
+            tensor.copy_(saved)
         self.grid, self.clock = state["grid"], Clock(self.world, state["seconds"])
-        self.steps, self.whole = int(state["steps"]), True
+        self.steps, self.whole = state["steps"], True
 
     def save(self, log):
         """Write checkpoint.pt on rank 0, unless the state is broken: then the one before stays."""
@@ -2484,7 +2467,7 @@ def train(trainer, shards, validation, log):
 
         # one step
         scale = learning_rate_scale(step, seconds, s)
-        if trainer.grid == 0 and late_qat_starts(scale, s):
+        if s.late_qat and scale < s.qat_threshold and trainer.grid == 0:
             trainer.start_late_qat(log)
         batches = upcoming.result()
         upcoming = thread.submit(train_batch, shards, step + 1, s, world)
@@ -2546,10 +2529,9 @@ def export(trainer, path, log):
     write_whole(path, blob)
     packed = len(blob)
     total = code + packed
-    weights = count_values(trainer.parameters)
     over = "; over the cap, so this run exits with code 3" if total > s.size_limit_bytes else ""
     log.write(
-        f"rounded: step {step:.4g} RMS, {8 * packed / weights:.3f} bits a weight\n"
+        f"rounded: step {step:.4g} RMS\n"
         f"Code size: {code} bytes\n"
         f"Serialized model int8+{s.compress_algo}: {packed} bytes\n"
         f"Total submission size int8+{s.compress_algo}: {total} bytes\n"
@@ -2701,7 +2683,7 @@ def end_early(error, trainer, log):
 # ---- Compare: MODE=bench and MODE=table; a reader of the program may skip this -------------------
 
 
-PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
+H100_FLOPS = 989e12  # a second, dense bf16; an H200's as well
 
 
 def flops_per_token(model, s):
@@ -2736,17 +2718,14 @@ def bench(s, world, artifact):
     medians = np.median(seconds[3:], axis=0)
 
     for trainer, median in zip(trainers, medians):
-        flops = flops_per_token(trainer.model, s)
-        rate = flops * n / median / world.size
-        mfu = "unknown peak"
-        for name, peak in PEAKS.items():
-            if name in world.hardware():
-                mfu = f"{rate / peak:.1%}"
+        flops, weights = flops_per_token(trainer.model, s), count_values(trainer.parameters)
+        mfu = flops * n / median / world.size / H100_FLOPS
         print(
             f"bench head:{trainer.settings.head_type} {1000 * median:.1f} ms/step"
             f" (median of 10; {n} tokens, sequence {T}) tokens/s:{n / median:.0f}"
-            f" model_params:{count_values(trainer.parameters)} FLOP/token:{flops / 1e6:.1f}M"
-            f" TFLOP/s/rank:{rate / 1e12:.3f} MFU:{mfu} time to tied:{median / medians[0]:.3f}"
+            f" model_params:{weights} bytes/weight under the cap:{(s.size_limit_bytes - len(source())) / weights:.3f}"
+            f" FLOP/token:{flops / 1e6:.1f}M MFU:{mfu:.1%}"
+            f" time to tied:{median / medians[0]:.3f}"
         )
     print(f"{world.hardware()}, {world.compute_dtype(s)}, torch {torch.__version__}, {attention}")
     print(world.peak_memory())
@@ -2768,7 +2747,7 @@ def welch(a, b):
 
     # the chance of a smaller |t| than each of a grid
     angles = np.linspace(0, math.pi / 2, 200_001)
-    density = np.cos(angles).clip(0) ** (freedom - 1)
+    density = np.cos(angles) ** (freedom - 1)
     grid, chances = math.sqrt(freedom) * np.tan(angles), density.cumsum() / density.sum()
     p = 1 - np.interp(abs(t), grid, chances)
     return t, p, error * np.interp(0.95, chances, grid)
@@ -2903,7 +2882,7 @@ def draw(rows, folder):
 
     # what the axes say
     curves.set(xlabel="seconds of training", ylabel="loss, nats a token (dot: validation)")
-    curves.legend(fontsize=8)
+    curves.legend()
     gains.axvline(0, color="grey")
     gains.set(xlabel="val_bpb less that of tied, 95% interval; left of 0 is better")
     gains.invert_yaxis()
@@ -2966,7 +2945,7 @@ def main():
             raise
         if world is None or world.rank == 0:
             with suppress(OSError, ValueError):  # a full or closed stderr
-                print(f"error: {words}", file=sys.stderr, flush=True)
+                print(f"error: {words}", file=sys.stderr)
         else:
             time.sleep(10)  # rank 0 speaks, saves and ends first
         return 2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -58,6 +59,15 @@ def test_a_whole_run_compiles_only_while_the_clock_stands_and_nothing_twice(
     artifact = tmp_path / "runs/one/final_model.int8.ptz"
     run_here(tmp_path, data, dict(MODE="eval", ARTIFACT=artifact, COMPILE=1, VAL_BATCH_SIZE=2048))
     assert len(compilations) == 5
+
+
+def test_late_qat_starts_where_the_rate_falls_below_its_threshold(data, tmp_path):
+    rates = dict(WARMDOWN_ITERS=8, WARMDOWN_FRAC=1, ITERATIONS=8, TRAIN_LOG_EVERY=1)  # 1 - step / 8
+    for name, qat in dict(late=dict(LATE_QAT=1), never=dict(LATE_QAT=0)).items():
+        run_here(tmp_path, SMALL_RUN, data, rates, qat, dict(QAT_THRESHOLD=0.5, RUN_ID=name))
+    log = (tmp_path / "runs/late/train.log").read_text()
+    assert re.findall("late_qat: from step (.*), ", log) == ["5"]  # 3 / 8; 4 / 8 is not below it
+    assert "late_qat: " not in (tmp_path / "runs/never/train.log").read_text()
 
 
 def test_a_kernel_that_cannot_be_compiled_is_no_reason_to_compile_nothing():

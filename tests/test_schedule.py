@@ -8,7 +8,6 @@ from train_gpt import (
     Hyperparameters,
     average_decay,
     is_over,
-    late_qat_starts,
     learning_rate_scale,
     momentum_at,
     progress,
@@ -131,12 +130,6 @@ def test_the_average_s_decay_grows_from_a_tenth_to_ema_alpha():
         average_decay(step, Hyperparameters(ema_alpha=0.9)) for step in (0, 1, 8, 79, 80, 10**6)
     ]
     assert decays == pytest.approx([0.1, 2 / 11, 0.5, 80 / 89, 0.9, 0.9])
-
-
-def test_late_qat_starts_below_its_threshold_and_never_without_late_qat():
-    s = Hyperparameters(qat_threshold=0.15)
-    assert [late_qat_starts(scale, s) for scale in (1.0, 0.15, 0.149, 0.0)] == [0, 0, 1, 1]
-    assert not late_qat_starts(0.0, Hyperparameters(late_qat=False))
 
 
 def test_the_share_of_a_run_is_that_of_its_steps_or_of_its_time_where_that_is_capped():
