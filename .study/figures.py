@@ -39,12 +39,12 @@ def read_results(first):
             yield start, rest, result
 
 
-def read_cells(first=r"v\d+"):
-    """By (vocabulary, width, steps): by head, the bpb of its seeds; and the same for `tied+10%`."""
+def read_cells(first=r"v\d+", figure="val_bpb"):
+    """By (vocabulary, width, steps): by head, its seeds' figures; and the same for `tied+10%`."""
     bpb = defaultdict(dict)
     for vocab, (*_, dim, steps, head, seed), result in read_results(first):
         vocab = result["settings"].get("vocab_size", 1024)
-        bpb[vocab, int(dim[1:]), int(steps[1:]), head][int(seed)] = result["val_bpb"]
+        bpb[vocab, int(dim[1:]), int(steps[1:]), head][int(seed)] = result[figure]
 
     cells = defaultdict(dict)
     for (vocab, dim, steps, head), seeds in sorted(bpb.items()):
@@ -83,17 +83,19 @@ def compared(cells):
     return found
 
 
-def law_table(found):
+def law_table(first=r"v\d+"):
     lines = [
-        "| V / D | V | D | tokens | head | gain over tied, bpb, 95% | p | break-even time ratio, 95% | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| V / D | V | D | tokens | head | gain over tied, bpb, 95% | p | break-even time ratio, 95% | gain before packing | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (vocab, dim, steps), head, gain, half, p, price, seeds in found:
+    found, before = (compared(read_cells(first, name)) for name in ("val_bpb", "pre_quant_val_bpb"))
+    for row, (*_, raw, _, _, _, _) in zip(found, before):
+        (vocab, dim, steps), head, gain, half, p, price, seeds = row
         ratio = f"{price[0]:.3f} +- {price[1]:.3f}" if price else ""
         name = HEADS.get(head, "tied, 10% more steps")
         lines.append(
             f"| {vocab // dim} | {vocab} | {dim} | {steps * 2048 / 1e6:.1f}M | {name}"
-            f" | {gain:+.4f} +- {half:.4f} | {p:.2g} | {ratio} | {seeds} |"
+            f" | {gain:+.4f} +- {half:.4f} | {p:.2g} | {ratio} | {raw:+.4f} | {seeds} |"
         )
     return "\n".join(lines)
 
@@ -204,8 +206,8 @@ def update_submission():
 
 def main():
     found = compared(read_cells())
-    insert("law", law_table(found))
-    insert("file order", law_table(compared(read_cells("file_order"))))
+    insert("law", law_table())
+    insert("file order", law_table("file_order"))
     insert("rate", rate_table())
     insert("frozen", frozen_table())
     insert("best", best_table())

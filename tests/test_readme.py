@@ -76,7 +76,9 @@ def test_every_command_of_readme_is_one_that_the_program_accepts():
     commands = [line for line in text.splitlines() if re.search(r"=\S+ .*train_gpt\.py", line)]
     assert len(commands) >= 5
     for command in commands:
-        before = command.split("train_gpt.py")[0].replace("$head", "mos").replace("$seed", "42")
+        before = command.split("train_gpt.py")[0]
+        for name, value in dict(head="mos", seed="42", size="8192").items():
+            before = before.replace(f"${name}", value).replace(f"${{{name}}}", value)
         from_env(dict(re.findall(r"\b([A-Z][A-Z0-9_]*)='?([^\s']+)", before)))
 
 
