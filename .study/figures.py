@@ -2,9 +2,10 @@
 
 It writes law_of_scale.png and tokens.png, the tables of RESULTS.md between their markers, and submission.json's list `study`.
 
-A cell is a vocabulary, a width and a number of steps. In it a head's gain is the mean bpb of tied less the head's, at equal
-bytes and equal steps. Its price is the break-even ratio: how many times longer its step may take before tied, with the steps
-of the time saved, is as good; by the line through tied at the cell's steps and at a tenth more.
+A cell is a vocabulary, a width, a number of steps and a machine. In it a head's gain is the mean bpb of tied less the head's,
+at equal bytes and equal steps. Its price is the break-even ratio: how many times longer its step may take before tied, with
+the steps of the time saved, is as good; by the line through tied at the cell's steps and at a tenth more, with Fieller's
+interval (1954) for a ratio of two means.
 """
 
 import json
@@ -27,7 +28,7 @@ HEADS = dict(
     delta64="delta, R = 64",
     late="delta from 2/3 on",
 )
-T_95 = dict(zip((3, 6, 9), (3.18, 2.45, 2.26)))  # Student's t, by degrees of freedom
+T_95 = {4: 2.78, 6: 2.45, 9: 2.26}  # Student's t, by degrees of freedom: two or three samples
 
 
 def read_results(first):
@@ -39,34 +40,43 @@ def read_results(first):
             yield start, rest, result
 
 
+def machine(result):
+    return "H200" if "H200" in result["hardware"] else "CPU"
+
+
 def read_cells(first=r"v\d+", figure="val_bpb"):
-    """By (vocabulary, width, steps): by head, its seeds' figures; and the same for `tied+10%`."""
-    bpb = defaultdict(dict)
-    for vocab, (*_, dim, steps, head, seed), result in read_results(first):
-        vocab = result["settings"].get("vocab_size", 1024)
-        bpb[vocab, int(dim[1:]), int(steps[1:]), head][int(seed)] = result[figure]
+    """By (vocabulary, width, steps, machine): by head, its seeds' figures; and the same for `tied+10%`."""
+    figures = defaultdict(dict)
+    for _, (*_, dim, steps, head, seed), result in read_results(first):
+        vocab, steps = result["settings"].get("vocab_size", 1024), int(steps[1:])
+        if head == "tied" and steps % 11 == 0:
+            head, steps = "tied+10%", steps * 10 // 11
+        cell = vocab, int(dim[1:]), steps, machine(result)
+        figures[cell, head][int(seed)] = result[figure]
 
     cells = defaultdict(dict)
-    for (vocab, dim, steps, head), seeds in sorted(bpb.items()):
-        if head == "tied" and steps % 11 == 0:
-            cells[vocab, dim, steps * 10 // 11]["tied+10%"] = list(seeds.values())
-        else:
-            cells[vocab, dim, steps][head] = list(seeds.values())
+    for (cell, head), seeds in sorted(figures.items()):
+        cells[cell][head] = list(seeds.values())
     return cells
 
 
 def break_even(tied, longer, head):
-    """The ratio and half its 95% interval, by the delta method."""
+    """The ratio, and the ends of its 95% interval."""
     gain, slope = np.mean(tied) - np.mean(head), np.mean(tied) - np.mean(longer)
     v_tied, v_longer, v_head = (np.var(x, ddof=1) / len(x) for x in (tied, longer, head))
-    variance = (v_tied + v_head) / slope**2 + gain**2 * (v_tied + v_longer) / slope**4
-    variance -= 2 * gain * v_tied / slope**3
-    freedom = min(9, 3 * (min(len(tied), len(longer), len(head)) - 1))
-    return 1 + 0.1 * gain / slope, 0.1 * T_95[freedom] * math.sqrt(variance)
+    t = T_95[3 * (min(len(tied), len(longer), len(head)) - 1)]
+
+    # the ratios r with (gain - r slope)^2 <= t^2 times its variance: between two roots
+    a = slope**2 - t**2 * (v_tied + v_longer)
+    b = gain * slope - t**2 * v_tied
+    c = gain**2 - t**2 * (v_tied + v_head)
+    half = math.sqrt(b * b - a * c) / a if a > 0 else math.inf  # the slope itself may be zero
+    middle = b / a
+    return 1 + 0.1 * gain / slope, 1 + 0.1 * (middle - half), 1 + 0.1 * (middle + half)
 
 
 def compared(cells):
-    """For each head of each cell: cell, head, gain, half interval, p, (ratio, half) or None, seeds."""
+    """For each head of each cell: cell, head, gain, half interval, p, break_even or None, seeds."""
     found = []
     for cell, heads in cells.items():
         tied, longer = heads.get("tied"), heads.get("tied+10%")
@@ -85,18 +95,37 @@ def compared(cells):
 
 def law_table(first=r"v\d+"):
     lines = [
-        "| V / D | V | D | tokens | head | gain over tied, bpb, 95% | p | break-even time ratio, 95% | gain before packing | seeds |",
+        "| D | V | tokens | head | gain over tied, bpb, 95% | p | before packing, 95% | break-even time ratio, 95% | seeds | on |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    found, before = (compared(read_cells(first, name)) for name in ("val_bpb", "pre_quant_val_bpb"))
-    for row, (*_, raw, _, _, _, _) in zip(found, before):
-        (vocab, dim, steps), head, gain, half, p, price, seeds = row
-        ratio = f"{price[0]:.3f} +- {price[1]:.3f}" if price else ""
+    after, before = (compared(read_cells(first, name)) for name in ("val_bpb", "pre_quant_val_bpb"))
+    for row, (*_, raw, raw_half, _, _, _) in zip(after, before):
+        (vocab, dim, steps, where), head, gain, half, p, price, seeds = row
+        ratio = f"{price[0]:.3f} ({price[1]:.3f} to {price[2]:.3f})" if price else ""
         name = HEADS.get(head, "tied, 10% more steps")
         lines.append(
-            f"| {vocab // dim} | {vocab} | {dim} | {steps * 2048 / 1e6:.1f}M | {name}"
-            f" | {gain:+.4f} +- {half:.4f} | {p:.2g} | {ratio} | {raw:+.4f} | {seeds} |"
+            f"| {dim} | {vocab} | {steps * 2048 / 1e6:.1f}M | {name} | {gain:+.4f} +- {half:.4f} | {p:.2g}"
+            f" | {raw:+.4f} +- {raw_half:.4f} | {ratio} | {seeds} | {where} |"
         )
+    return "\n".join(lines)
+
+
+def answer_table():
+    """README's: gains at 3.1M tokens, by head and width."""
+    gains = {}
+    for (vocab, dim, steps, where), head, gain, half, *_ in compared(read_cells()):
+        if (vocab, steps, where) == (1024, 1500, "H200"):
+            bold = "**" if head in HEADS and abs(gain) > half else ""
+            gains[head, dim] = f"{bold}{gain:+.3f} +- {half:.3f}{bold}"
+    widths = sorted({dim for _, dim in gains})
+    lines = [
+        f"| head | {' | '.join(f'D = {dim}' for dim in widths)} |",
+        f"|---|{'---|' * len(widths)}",
+    ]
+    for head in (*HEADS, "tied+10%"):
+        if any((head, dim) in gains for dim in widths):
+            cells = (gains.get((head, dim), "not run") for dim in widths)
+            lines.append(f"| {HEADS.get(head, 'tied, 10% more steps')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -107,7 +136,7 @@ def rate_table():
         head, rate = name.split("_")
         bpb[int(dim[1:]), head, rate].append((result["val_bpb"], result["pre_quant_val_bpb"]))
     lines = [
-        "| D | head | `TIED_EMBED_LR` | bpb | before packing | seeds |",
+        "| D | head | `TIED_EMBED_LR` | bpb, standard deviation | before packing | seeds |",
         "|---|---|---|---|---|---|",
     ]
     for (dim, head, rate), pairs in sorted(bpb.items()):
@@ -141,7 +170,10 @@ def best_table():
     bpb = defaultdict(list)
     for _, (steps, name, _), result in read_results("best11"):
         bpb[name, int(steps[1:])].append(result["val_bpb"])
-    lines = ["| run | steps | bpb | difference, 95% | p | seeds |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| run | steps | bpb, standard deviation | difference, 95% | p | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
     for (name, steps), sample in bpb.items():
         other = "best" if name.startswith("best_") else "study"
         against = bpb.get((other, steps), [])
@@ -157,40 +189,52 @@ def best_table():
     return "\n".join(lines)
 
 
-def draw(found, axis, label, title, name):
-    """Gain with its 95% interval, a line a head; `axis` gives a cell's place, or None where it is not shown."""
+def draw(found, axis, tick, label, title, name):
+    """Gain with its 95% interval, a line a head.
+
+    `axis` gives a cell's place, or None where it is not shown; `tick` a place's name.
+
+    Draws nothing, and returns False, where there are fewer than two places.
+    """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel=label, ylabel="bits per byte won over the tied head")
     axes.set_title(title, fontsize=11)
     places = set()
-    for i, head in enumerate(HEADS):
+    styles = dict({"tied+10%": ("tied, 10% more steps", "grey", "--")})
+    styles |= {head: (words, f"C{i}", "-") for i, (head, words) in enumerate(HEADS.items())}
+    for i, (head, (words, color, line)) in enumerate(styles.items()):
         points = [(axis(row[0]), row[2], row[3]) for row in found if row[1] == head]
         points = sorted(point for point in points if point[0] is not None)
         if points:
-            x, gain, half = zip(*points)
+            x, gain, half = np.transpose(points)
             places |= set(x)
-            axes.errorbar(x, gain, yerr=half, fmt="o-", color=f"C{i}", capsize=4, label=HEADS[head])
-    axes.axhline(0, color="grey", linewidth=1)
-    axes.annotate(
-        "better than tied", (0.01, 0.97), xycoords="axes fraction", va="top", color="grey"
-    )
-    axes.annotate("worse than tied", (0.01, 0.02), xycoords="axes fraction", color="grey")
+            x = x * 1.02**i  # side by side
+            axes.errorbar(
+                x, gain, half, fmt="o", linestyle=line, color=color, capsize=4, label=words
+            )
+    axes.axhline(0, color="black", linewidth=1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.15 * (high - low))
+    axes.annotate("above the line: better than tied", (0.01, 0.95), xycoords="axes fraction")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(places))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.legend(loc="upper right")
-    figure.savefig(HERE / name, dpi=120)
+    axes.set_xticks(sorted(places), [tick(place) for place in sorted(places)])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.93))
+    if len(places) > 1:
+        figure.savefig(HERE / name, dpi=120)
+    return len(places) > 1
 
 
-def insert(name, table):
-    """Put a table between its markers in RESULTS.md."""
-    path = HERE / "RESULTS.md"
+def insert(name, table, path=HERE / "RESULTS.md"):
+    """Put a table between its markers."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-    before, _, rest = path.read_text().partition(begin)
-    path.write_text(before + begin + table + "\n" + end + rest.partition(end)[2])
+    before, found, rest = path.read_text().partition(begin)
+    _, also, after = rest.partition(end)
+    assert found and also, f"{path} has lost the markers of {name}"
+    path.write_text(before + begin + table + "\n" + end + after)
 
 
 def update_submission():
@@ -211,19 +255,31 @@ def main():
     insert("rate", rate_table())
     insert("frozen", frozen_table())
     insert("best", best_table())
+    insert("answer table", answer_table(), HERE.parent / "README.md")
     update_submission()
+
+    def by_width(cell):
+        vocab, dim, steps, where = cell
+        return dim if (vocab, steps, where) == (1024, 1500, "H200") else None
+
+    def by_tokens(cell):
+        vocab, dim, steps, _ = cell
+        return round(steps * 2048 / 1e6, 1) if (vocab, dim) == (1024, 128) else None
+
     draw(
         found,
-        lambda cell: cell[0] / cell[1] if cell[2] == 1500 else None,
-        "V / D, the vocabulary over the width (1024 / 256, 1024 / 128, 1024 / 64)",
-        "Untying wins the more, the wider the model; the mixture wins nothing",
+        by_width,
+        lambda dim: f"{dim:.0f}\n(V / D = {1024 / dim:.0f})",
+        "width D of the model (V = 1024, 3.1M tokens of training)",
+        "What another head wins over the tied one, by width",
         "law_of_scale.png",
     )
     draw(
         found,
-        lambda cell: round(cell[2] * 2048 / 1e6, 1) if cell[:2] == (1024, 128) else None,
-        "training tokens, millions (V = 1024, D = 128)",
-        "By length of training",
+        by_tokens,
+        str,
+        "millions of tokens of training (V = 1024, D = 128)",
+        "... and by length of training",
         "tokens.png",
     )
 
