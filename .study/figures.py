@@ -147,6 +147,32 @@ def rate_table():
     return "\n".join(lines)
 
 
+def rank_table():
+    """By head and width: dimensions of 99.99% of the log-probabilities' energy; its share beyond D."""
+    spectra = defaultdict(list)
+    for _, (dim, _, head, _), result in read_results("v1024"):
+        if "spectrum" in result:
+            spectra[head, int(dim[1:])].append(result["spectrum"])
+    widths = sorted({dim for _, dim in spectra})
+    lines = [
+        f"| head | {' | '.join(f'D = {dim}' for dim in widths)} |",
+        f"|---|{'---|' * len(widths)}",
+    ]
+    for head in ("tied", *HEADS):
+        cells = []
+        for dim in widths:
+            found = spectra.get((head, dim), [])
+            ranks = sorted({one["rank_9999"] for one in found})
+            beyond = sorted(one["energy_beyond_model_dim"] for one in found)
+            text = (
+                f"{ranks[0]} to {ranks[-1]}; {beyond[0]:.1e} to {beyond[-1]:.1e}" if found else ""
+            )
+            cells.append(text or "not run")
+        if set(cells) != {"not run"}:
+            lines.append(f"| {HEADS.get(head, head)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def frozen_table():
     """Study A's heads, untrained as they were, and trained."""
     bpb = defaultdict(list)
@@ -192,9 +218,8 @@ def best_table():
 def draw(found, axis, tick, label, title, name):
     """Gain with its 95% interval, a line a head.
 
-    `axis` gives a cell's place, or None where it is not shown; `tick` a place's name.
-
-    Draws nothing, and returns False, where there are fewer than two places.
+    `axis` gives a cell's place, or None where it is not shown; `tick` a place's name. Draws nothing
+    where there are fewer than two places.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -203,7 +228,7 @@ def draw(found, axis, tick, label, title, name):
     axes = figure.add_subplot(xlabel=label, ylabel="bits per byte won over the tied head")
     axes.set_title(title, fontsize=11)
     places = set()
-    styles = dict({"tied+10%": ("tied, 10% more steps", "grey", "--")})
+    styles = {"tied+10%": ("tied, 10% more steps", "grey", "--")}
     styles |= {head: (words, f"C{i}", "-") for i, (head, words) in enumerate(HEADS.items())}
     for i, (head, (words, color, line)) in enumerate(styles.items()):
         points = [(axis(row[0]), row[2], row[3]) for row in found if row[1] == head]
@@ -225,7 +250,6 @@ def draw(found, axis, tick, label, title, name):
     axes.legend(loc="upper left", bbox_to_anchor=(0, 0.93))
     if len(places) > 1:
         figure.savefig(HERE / name, dpi=120)
-    return len(places) > 1
 
 
 def insert(name, table, path=HERE / "RESULTS.md"):
@@ -253,6 +277,7 @@ def main():
     insert("law", law_table())
     insert("file order", law_table("file_order"))
     insert("rate", rate_table())
+    insert("rank", rank_table())
     insert("frozen", frozen_table())
     insert("best", best_table())
     insert("answer table", answer_table(), HERE.parent / "README.md")

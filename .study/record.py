@@ -1,5 +1,5 @@
 """One line of results.jsonl: `python record.py ROW RUN_FOLDER`, the run's submission.json with only the settings that differ
-from the defaults, and the measured rank of its log-probabilities where MODE=eval EVAL_SPECTRUM=1 has left it."""
+from the defaults. What MODE=eval EVAL_SPECTRUM=1 prints of its artifact was added to some by hand, as `spectrum`."""
 
 import json
 import sys
@@ -15,12 +15,5 @@ defaults = asdict(train_gpt.Hyperparameters())
 settings = {name: value for name, value in result["settings"].items() if defaults[name] != value}
 for name in ("author", "github_id", "track", "blurb", "name"):
     result.pop(name)
-
-for line in (folder / "metrics.jsonl").read_text().splitlines():
-    record = json.loads(line)
-    if record["kind"] == "spectrum":
-        result["spectrum"] = {
-            name: record[name] for name in record if name not in ("kind", "split")
-        }
 
 print(json.dumps({"row": row, **result, "settings": settings}))

@@ -98,6 +98,7 @@ def test_the_tables_of_the_study_are_made_of_its_results(figures):
         "law": figures.law_table(),
         "file order": figures.law_table("file_order"),
         "rate": figures.rate_table(),
+        "rank": figures.rank_table(),
         "frozen": figures.frozen_table(),
         "best": figures.best_table(),
     }
