@@ -233,18 +233,21 @@ def pairs(text):
 # a preset is what one would write before the command
 PRESETS = dict(
     study={},
+
     pilot=pairs("""
         NUM_LAYERS=9 MLP_MULT=2 ROPE_DIMS=0 USE_NTK_ROPE=0 XSA_LAST_N=0 SMEAR_GATE=0 BIGRAM_HASH=0 LN_SCALE=0
         VALUE_EMBED=0 INIT_TYPE=default TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200 MATRIX_LR=0.04
         SCALAR_LR=0.04 TIED_EMBED_LR=0.05 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_START=0.85
         MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WEIGHT_DECAY=0 ADAM_WD=0 SCALAR_WD=0 GRAD_CLIP_NORM=0 USE_EMA=0 LATE_QAT=0 EVAL_STRIDE=0
     """),
+
     best=pairs("""
         MLP_MULT=4 MLP_SLOPE=0.5 QK_GAIN_INIT=5 USE_NTK_ROPE=0 XSA_LAST_N=11 SKIP_GATES=1 LOOP_LAYERS=4,5 PARALLEL_FROM=7
         BIGRAM_AT=input BIGRAM_VOCAB_SIZE=1536 BIGRAM_DIM=112 SHUFFLE=1 WARMDOWN_ITERS=1000000 WARMDOWN_FRAC=0.667
         MATRIX_LR=0.02 SCALAR_LR=0.02 TIED_EMBED_LR=0.03 MUON_ROW_NORM=1 MUON_WEIGHT_DECAY=0.09 ADAM_WD=0.09
         SCALAR_WD=0.02 EMA_ALPHA=0.9965 LATE_QAT=0
     """),
+
     demo=pairs("""
         DATA_PATH=demo MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 BIGRAM_DIM=32 VE_DIM=32 TRAIN_BATCH_TOKENS=4096
         TRAIN_SEQ_LEN=256 MAX_WALLCLOCK_SECONDS=75 WARMUP_STEPS=0 WARMDOWN_ITERS=100000 WARMDOWN_FRAC=0.5
@@ -423,8 +426,8 @@ def check(s):
     rotated = s.rope_dims or width
     fits = rotated % 2 == 0 and 4 <= rotated <= width
     need(fits, "ROPE_DIMS", f"be even, at least 4 and at most {width} (0: the head's {width})")
-    half = s.num_layers // 2
-    need(s.parallel_from >= half, "PARALLEL_FROM", f"be at least {half}, where skips come back")
+    middle = f"be at least {s.num_layers // 2}, where skips come back"
+    need(s.parallel_from >= s.num_layers // 2, "PARALLEL_FROM", middle)
     value_layers(s)
     layer_order(s)
 
@@ -592,14 +595,14 @@ class World:
             flat = self.sum(nn.utils.parameters_to_vector(tensors)) / self.size
             nn.utils.vector_to_parameters(flat, tensors)
 
-    def progress(self, what, done, total):
-        """In a long stretch, which starts with done = 0, a line every 30 seconds: how far it is."""
+    def progress(self, done, total):
+        """Of a long evaluation, which starts with done = 0, a line every 30 seconds."""
         now = time.monotonic()
         if done == 0:
             self.began = self.spoke = now
         if now - self.spoke > 30:
             left = (now - self.began) / done * (total - done)
-            self.say(f"{what}: {done} of {total}, eta:{left:.0f}s")
+            self.say(f"scoring batches of windows: {done} of {total}, eta:{left:.0f}s")
             self.spoke = now
 
     def hardware(self):
@@ -830,7 +833,7 @@ def load_tokenizer(path, vocab_size):
     """UserError, naming the variable, for a file that is missing, no model, or of another size."""
     with blaming(f"TOKENIZER_PATH={path}", "is no SentencePiece model"):
         # an empty file would make the library speak for itself
-        model = path.read_bytes() or b"?"
+        model = Path(path).read_bytes() or b"?"
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     size = processor.vocab_size()
     if size != vocab_size:
@@ -1713,7 +1716,7 @@ def learning_rate_scale(step, seconds, s):
     return min(by_steps, by_time)
 
 
-def progress(step, seconds, s):
+def share_done(step, seconds, s):
     """The share of the run that is over, by whichever end comes first; 1 or more at the end."""
     if step >= s.iterations:
         return 1.0
@@ -1763,7 +1766,7 @@ def windows(tokens_N, stride, s, world):
     share = batches[world.rank :: world.size]
     for i, batch in enumerate(share):
         world.heed()
-        world.progress("scoring batches of windows", i, len(share))
+        world.progress(i, len(share))
         # what fills up the batch lies behind all targets
         starts_B = F.pad(batch, (0, B - len(batch)), value=end)
         index = starts_B[:, None] + torch.arange(T + 1, device=device)
@@ -1784,6 +1787,8 @@ def evaluate(model, validation, stride, s, world):
         nats = nll(x_BT, y_BT, scored)
         sums += torch.stack(((nats * exists).sum(), (text_bytes * exists).sum(), exists.sum()))
     nats, text_bytes, count = world.sum(sums).tolist()
+    if not text_bytes:
+        raise UserError(f"EVAL_SPLIT={s.eval_split}: holds control tokens and no text")
     return nats / count, nats / math.log(2) / text_bytes
 
 
@@ -2404,7 +2409,7 @@ class Trainer:
         """A line of the log about the present step, and its figures in metrics.jsonl."""
         s, step, seconds = self.settings, self.steps, self.clock.seconds()
         each = 1000 * seconds / max(step, 1)
-        left = max(0.0, seconds / (progress(step, seconds, s) or 1.0) - seconds)
+        left = max(0.0, seconds / (share_done(step, seconds, s) or 1.0) - seconds)
         timing = f"train_time:{1000 * seconds:.0f}ms step_avg:{each:.2f}ms eta:{left:.0f}s"
         line = f"step:{step}/{s.iterations} {text} {timing}"
         log.write(line, kind=kind, step=step, train_seconds=seconds, **figures)
@@ -2444,7 +2449,7 @@ def train(trainer, shards, validation, log):
         seconds, number = world.time_and_signal(clock.seconds())
         if number:
             raise Interrupted(number)
-        share = progress(step, seconds, s)
+        share = share_done(step, seconds, s)
         ahead = dict(cuda=len(sent), cpu=0)[world.device.type]
         over = is_over(step, seconds, ahead, s)
 
@@ -2494,13 +2499,13 @@ def train(trainer, shards, validation, log):
 
 def load_validation(s, world):
     """Tokens (int64, on the device) and byte counts of the split that is scored; UserError."""
-    shards = Shards(Path(s.data_path), s.eval_split, s.vocab_size)
+    shards = Shards(s.data_path, s.eval_split, s.vocab_size)
     if len(shards) <= s.train_seq_len:
         raise UserError(
             f"TRAIN_SEQ_LEN={s.train_seq_len}: "
             f"the {s.eval_split} split has only {len(shards)} tokens"
         )
-    byte_counts = load_byte_counts(Path(s.tokenizer_path), s.vocab_size, world.device)
+    byte_counts = load_byte_counts(s.tokenizer_path, s.vocab_size, world.device)
     return torch.from_numpy(shards.take(0, len(shards))).to(world.device), byte_counts
 
 
@@ -2617,7 +2622,7 @@ def run_train(s, world, artifact):
     micro_batch_sequences(s, world)
 
     # data, and the facts that make a run what it is beside its settings
-    shards = Shards(Path(s.data_path), "train", s.vocab_size)
+    shards = Shards(s.data_path, "train", s.vocab_size)
     validation = load_validation(s, world)
     facts = dict(
         source_sha256=hashlib.sha256(source()).hexdigest(),
@@ -2723,7 +2728,8 @@ def bench(s, world, artifact):
         print(
             f"bench head:{trainer.settings.head_type} {1000 * median:.1f} ms/step"
             f" (median of 10; {n} tokens, sequence {T}) tokens/s:{n / median:.0f}"
-            f" model_params:{weights} bytes/weight under the cap:{(s.size_limit_bytes - len(source())) / weights:.3f}"
+            f" model_params:{weights}"
+            f" bytes/weight under the cap:{(s.size_limit_bytes - len(source())) / weights:.3f}"
             f" FLOP/token:{flops / 1e6:.1f}M MFU:{mfu:.1%}"
             f" time to tied:{median / medians[0]:.3f}"
         )

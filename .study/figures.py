@@ -2,7 +2,7 @@
 
 It writes law_of_scale.png and tokens.png, the tables of RESULTS.md between their markers, and submission.json's list `study`.
 
-A cell is a vocabulary, a width, a number of steps and a machine. In it a head's gain is the mean bpb of tied less the head's,
+A cell is a vocabulary, a width, a number of steps and a kind of machine. In it a head's gain is the mean bpb of tied less the head's,
 at equal bytes and equal steps. Its price is the break-even ratio: how many times longer its step may take before tied, with
 the steps of the time saved, is as good; by the line through tied at the cell's steps and at a tenth more, with Fieller's
 interval (1954) for a ratio of two means.
@@ -41,7 +41,7 @@ def read_results(first):
 
 
 def machine(result):
-    return "H200" if "H200" in result["hardware"] else "CPU"
+    return "GPU" if "NVIDIA" in result["hardware"] else "CPU"
 
 
 def read_cells(first=r"v\d+", figure="val_bpb"):
@@ -102,6 +102,10 @@ def law_table(first=r"v\d+"):
     for row, (*_, raw, raw_half, _, _, _) in zip(after, before):
         (vocab, dim, steps, where), head, gain, half, p, price, seeds = row
         ratio = f"{price[0]:.3f} ({price[1]:.3f} to {price[2]:.3f})" if price else ""
+        if price and math.isinf(price[1]):
+            ratio = f"{price[0]:.3f} (no bounds)"
+        elif price and price[1] < 0:
+            ratio = f"{price[0]:.3f} (below {price[2]:.3f})"
         name = HEADS.get(head, "tied, 10% more steps")
         lines.append(
             f"| {dim} | {vocab} | {steps * 2048 / 1e6:.1f}M | {name} | {gain:+.4f} +- {half:.4f} | {p:.2g}"
@@ -111,21 +115,23 @@ def law_table(first=r"v\d+"):
 
 
 def answer_table():
-    """README's: gains at 3.1M tokens, by head and width."""
-    gains = {}
+    """README's: gains on a GPU, a line a cell: by V / D, then by tokens."""
+    gains = defaultdict(dict)
     for (vocab, dim, steps, where), head, gain, half, *_ in compared(read_cells()):
-        if (vocab, steps, where) == (1024, 1500, "H200"):
+        if where == "GPU":
             bold = "**" if head in HEADS and abs(gain) > half else ""
-            gains[head, dim] = f"{bold}{gain:+.3f} +- {half:.3f}{bold}"
-    widths = sorted({dim for _, dim in gains})
+            gains[steps, vocab, dim][head] = f"{bold}{gain:+.3f} +- {half:.3f}{bold}"
+
+    heads = [head for head in (*HEADS, "tied+10%") if any(head in row for row in gains.values())]
+    names = [HEADS.get(head, "tied, 10% more steps") for head in heads]
     lines = [
-        f"| head | {' | '.join(f'D = {dim}' for dim in widths)} |",
-        f"|---|{'---|' * len(widths)}",
+        f"| tokens | V | D | V / D | {' | '.join(names)} |",
+        f"|---|---|---|---|{'---|' * len(heads)}",
     ]
-    for head in (*HEADS, "tied+10%"):
-        if any((head, dim) in gains for dim in widths):
-            cells = (gains.get((head, dim), "not run") for dim in widths)
-            lines.append(f"| {HEADS.get(head, 'tied, 10% more steps')} | {' | '.join(cells)} |")
+    for steps, vocab, dim in sorted(gains, key=lambda key: (key[0] != 1500, key[1] / key[2], key)):
+        cells = (gains[steps, vocab, dim].get(head, "not run") for head in heads)
+        tokens = f"{steps * 2048 / 1e6:.1f}M"
+        lines.append(f"| {tokens} | {vocab} | {dim} | {vocab / dim:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -215,39 +221,49 @@ def best_table():
     return "\n".join(lines)
 
 
-def draw(found, axis, tick, label, title, name):
-    """Gain with its 95% interval, a line a head.
+def draw(found, place, tick, label, title, name):
+    """Gain with its 95% interval, a colour a head, the cells of V = 1024 joined by a line.
 
-    `axis` gives a cell's place, or None where it is not shown; `tick` a place's name. Draws nothing
-    where there are fewer than two places.
+    `place` gives a cell's place on the axis, or None where it is not shown; `tick` a place's name.
+    Draws nothing where there are fewer than two places.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot(xlabel=label, ylabel="bits per byte won over the tied head")
     axes.set_title(title, fontsize=11)
-    places = set()
+    places, ends, squares = set(), [], False
     styles = {"tied+10%": ("tied, 10% more steps", "grey", "--")}
     styles |= {head: (words, f"C{i}", "-") for i, (head, words) in enumerate(HEADS.items())}
     for i, (head, (words, color, line)) in enumerate(styles.items()):
-        points = [(axis(row[0]), row[2], row[3]) for row in found if row[1] == head]
-        points = sorted(point for point in points if point[0] is not None)
-        if points:
-            x, gain, half = np.transpose(points)
+        points = defaultdict(list)
+        for cell, other, gain, half, *_ in found:
+            if other == head and place(cell) is not None:
+                points[cell[0]].append((place(cell), gain, half))
+        for vocab, some in points.items():
+            x, gain, half = np.transpose(sorted(some))
             places |= set(x)
-            x = x * 1.02**i  # side by side
-            axes.errorbar(
-                x, gain, half, fmt="o", linestyle=line, color=color, capsize=4, label=words
+            main = vocab == 1024
+            squares |= not main
+            x = x * 1.03**i * (1 if main else 1.22)  # side by side
+            style = (
+                dict(linestyle=line, fmt="o") if main else dict(linestyle="", fmt="s", mfc="white")
             )
+            axes.errorbar(
+                x, gain, half, color=color, capsize=4, label=words if main else None, **style
+            )
+            if head == "untied" and not main:
+                axes.annotate(f"   V = {vocab}", (x[0], gain[0]), va="center", fontsize=9)
+            ends += [*(gain - np.minimum(half, 0.02)), *(gain + np.minimum(half, 0.02))]
     axes.axhline(0, color="black", linewidth=1)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.15 * (high - low))
+    axes.set_ylim(min(ends) - 0.005, max(ends) + 0.015)  # the longest bars leave the picture
     axes.annotate("above the line: better than tied", (0.01, 0.95), xycoords="axes fraction")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(places), [tick(place) for place in sorted(places)])
+    axes.set_xlim(min(places) / 1.2, max(places) * (2.2 if squares else 1.2))
+    axes.set_xticks(sorted(places), [tick(x) for x in sorted(places)])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.93))
+    figure.legend(loc="outside lower center", ncols=4)
     if len(places) > 1:
         figure.savefig(HERE / name, dpi=120)
 
@@ -283,27 +299,28 @@ def main():
     insert("answer table", answer_table(), HERE.parent / "README.md")
     update_submission()
 
-    def by_width(cell):
+    def bottleneck(cell):
         vocab, dim, steps, where = cell
-        return dim if (vocab, steps, where) == (1024, 1500, "H200") else None
+        return vocab / dim if (steps, where) == (1500, "GPU") else None
 
-    def by_tokens(cell):
-        vocab, dim, steps, _ = cell
-        return round(steps * 2048 / 1e6, 1) if (vocab, dim) == (1024, 128) else None
+    def tokens(cell):
+        vocab, dim, steps, where = cell
+        here = (vocab, dim, where) == (1024, 128, "GPU")
+        return steps * 2048 / 1e6 if here else None
 
     draw(
         found,
-        by_width,
-        lambda dim: f"{dim:.0f}\n(V / D = {1024 / dim:.0f})",
-        "width D of the model (V = 1024, 3.1M tokens of training)",
-        "What another head wins over the tied one, by width",
+        bottleneck,
+        lambda ratio: f"{ratio:.0f}\nD = {1024 / ratio:.0f}" if ratio < 32 else "32",
+        "V / D: scores over width (dots: V = 1024, with D below; squares: other vocabularies)",
+        "What another head wins over the tied one, by the bottleneck (3.1M tokens)",
         "law_of_scale.png",
     )
     draw(
         found,
-        by_tokens,
-        str,
-        "millions of tokens of training (V = 1024, D = 128)",
+        tokens,
+        lambda millions: f"{millions:.1f}",
+        "millions of tokens of training (V = 1024, D = 128, each length with its own schedule)",
         "... and by length of training",
         "tokens.png",
     )

@@ -120,9 +120,9 @@ def test_what_the_law_compares_has_three_seeds_one_source_one_cap_and_one_machin
         if row.startswith("v"):
             facts["source"].add(result["source_sha256"])
             facts[row.split("-s")[0], "cap"].add(settings["size_limit_bytes"])
-            machine = figures.machine(result)
-            facts[machine].add(
-                (result["hardware"], result["pytorch_version"], settings["compute_dtype"])
+            facts[row.rsplit("-", 1)[0], "hardware"].add(result["hardware"])
+            facts[figures.machine(result)].add(
+                (result["pytorch_version"], settings["compute_dtype"])
             )
             assert result["bytes_total"] <= settings["size_limit_bytes"]
     assert all(len(values) == 1 for values in facts.values()), facts

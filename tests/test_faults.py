@@ -134,12 +134,21 @@ def test_data_that_turn_out_wrong_in_mid_run_cost_no_finished_step(whole, data, 
 def test_an_empty_path_and_an_empty_tokenizer_are_one_line(data, tmp_path, capfd):
     for name in ("DATA_PATH", "TOKENIZER_PATH"):
         error = one_line(run_here(tmp_path, SMALL_RUN, data, {name: ""}, code=2))
-        assert error.startswith(f"{name}=.: ")
+        assert error.startswith(f"{name}=: ")
     (tmp_path / "empty").touch()
     error = one_line(run_here(tmp_path, SMALL_RUN, data, dict(TOKENIZER_PATH="empty"), code=2))
     assert error.startswith("TOKENIZER_PATH=empty: is no SentencePiece model")
     assert capfd.readouterr() == ("", "")  # nor does the library speak for itself
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_validation_split_without_text_is_one_line(data, shards, tmp_path):
+    train_gpt.write_shard(
+        shards / "fineweb_val_000000.bin", [1, 2] * 2000
+    )  # both are control tokens
+    said = dict(DATA_PATH=shards, EVAL_SPLIT="val", ITERATIONS=1)
+    error = one_line(run_here(tmp_path, SMALL_RUN, data, said, code=2))
+    assert error.startswith("EVAL_SPLIT=val: ") and "no text" in error
 
 
 def test_without_permission_is_not_damaged(finished, data, shards, tmp_path, monkeypatch):

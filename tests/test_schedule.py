@@ -10,7 +10,7 @@ from train_gpt import (
     is_over,
     learning_rate_scale,
     momentum_at,
-    progress,
+    share_done,
 )
 
 COUNTS, SECONDS, SHARES = st.integers(1, 10**6), st.floats(0.001, 1e5), st.floats(0.01, 1)
@@ -104,7 +104,7 @@ def test_at_any_steady_speed_the_rate_starts_at_1_never_rises_and_ends_at_0(
 def test_without_a_cap_time_changes_nothing(step, seconds, more):
     s = plan(1000, 300, 0.5)
     assert learning_rate_scale(step, seconds, s) == learning_rate_scale(step, seconds + more, s)
-    assert progress(step, seconds, s) == progress(step, seconds + more, s)
+    assert share_done(step, seconds, s) == share_done(step, seconds + more, s)
 
 
 # ---- momentum, average, late QAT, the end ----
@@ -144,7 +144,7 @@ def test_the_share_of_a_run_is_that_of_its_steps_or_of_its_time_where_that_is_ca
         (0, 60.0, 0, 0.0, 1),
     ]
     for iterations, cap, step, seconds, share in cases:
-        got = progress(step, seconds, plan(iterations, cap=cap))
+        got = share_done(step, seconds, plan(iterations, cap=cap))
         assert got == pytest.approx(share), (iterations, cap, step, seconds)
 
 
