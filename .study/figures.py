@@ -222,10 +222,10 @@ def best_table():
 
 
 def draw(found, place, tick, label, title, name):
-    """Gain with its 95% interval, a colour a head, the cells of V = 1024 joined by a line.
+    """Gain with its 95% interval, a colour a head, the cells of V = 1024 joined by a thin line.
 
     `place` gives a cell's place on the axis, or None where it is not shown; `tick` a place's name.
-    Draws nothing where there are fewer than two places.
+    A cell that shows nothing is named and not drawn. Draws no picture of fewer than two places.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -233,37 +233,37 @@ def draw(found, place, tick, label, title, name):
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot(xlabel=label, ylabel="bits per byte won over the tied head")
     axes.set_title(title, fontsize=11)
-    places, ends, squares = set(), [], False
-    styles = {"tied+10%": ("tied, 10% more steps", "grey", "--")}
+    places = set()
+    styles = {"tied+10%": ("tied, 10% more steps (a yardstick)", "grey", ":")}
     styles |= {head: (words, f"C{i}", "-") for i, (head, words) in enumerate(HEADS.items())}
     for i, (head, (words, color, line)) in enumerate(styles.items()):
         points = defaultdict(list)
         for cell, other, gain, half, *_ in found:
-            if other == head and place(cell) is not None:
+            if other != head or place(cell) is None:
+                continue
+            if half < 0.1:
                 points[cell[0]].append((place(cell), gain, half))
+            elif head == "untied":
+                words_there = f"V = {cell[0]}:\n+- {half:.2f},\nnothing\nshown"
+                axes.annotate(words_there, (place(cell) * 1.12, 0.03), fontsize=9)
         for vocab, some in points.items():
             x, gain, half = np.transpose(sorted(some))
             places |= set(x)
-            main = vocab == 1024
-            squares |= not main
-            x = x * 1.03**i * (1 if main else 1.22)  # side by side
-            style = (
-                dict(linestyle=line, fmt="o") if main else dict(linestyle="", fmt="s", mfc="white")
-            )
-            axes.errorbar(
-                x, gain, half, color=color, capsize=4, label=words if main else None, **style
-            )
-            if head == "untied" and not main:
-                axes.annotate(f"   V = {vocab}", (x[0], gain[0]), va="center", fontsize=9)
-            ends += [*(gain - np.minimum(half, 0.02)), *(gain + np.minimum(half, 0.02))]
+            x = x * 1.03 ** (i - 1)  # side by side
+            style = dict(linestyle=line, fmt="o", label=words)
+            if vocab != 1024:
+                style = dict(linestyle="", fmt="s", mfc="white")
+            axes.errorbar(x, gain, half, color=color, capsize=4, linewidth=1, **style)
+            if head == "untied" and vocab != 1024:
+                axes.annotate(f"V = {vocab}", (x[0] * 1.08, gain[0]), va="center", fontsize=9)
     axes.axhline(0, color="black", linewidth=1)
-    axes.set_ylim(min(ends) - 0.005, max(ends) + 0.015)  # the longest bars leave the picture
+    axes.set_ylim(-0.045, 0.095)  # of both pictures
     axes.annotate("above the line: better than tied", (0.01, 0.95), xycoords="axes fraction")
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(places) / 1.2, max(places) * (2.2 if squares else 1.2))
+    axes.set_xlim(min(places) / 1.2, max(places) * 1.5)
     axes.set_xticks(sorted(places), [tick(x) for x in sorted(places)])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=3)
     if len(places) > 1:
         figure.savefig(HERE / name, dpi=120)
 
@@ -312,16 +312,16 @@ def main():
         found,
         bottleneck,
         lambda ratio: f"{ratio:.0f}\nD = {1024 / ratio:.0f}" if ratio < 32 else "32",
-        "V / D: scores over width (dots: V = 1024, with D below; squares: other vocabularies)",
-        "What another head wins over the tied one, by the bottleneck (3.1M tokens)",
+        "V / D: how tight the bottleneck of rank D is, tighter to the right (dots: V = 1024)",
+        "Gain over the tied head by V / D (95% intervals, 3 seeds, 3.1M tokens)",
         "law_of_scale.png",
     )
     draw(
         found,
         tokens,
         lambda millions: f"{millions:.1f}",
-        "millions of tokens of training (V = 1024, D = 128, each length with its own schedule)",
-        "... and by length of training",
+        "millions of tokens of training (logarithmic; each length with its own schedule)",
+        "Gain over the tied head by length of training (V = 1024, D = 128; 95%, 3 seeds)",
         "tokens.png",
     )
 
