@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ HEADS = dict(
     delta64="delta, R = 64",
     late="delta from 2/3 on",
 )
-T_95 = {4: 2.78, 6: 2.45, 9: 2.26}  # Student's t, by degrees of freedom: two or three samples
+T_95 = {2: 4.30, 3: 3.18, 6: 2.45, 9: 2.26}  # Student's t, by degrees of freedom
 
 
 def read_results(first):
@@ -44,24 +45,30 @@ def machine(result):
     return "GPU" if "NVIDIA" in result["hardware"] else "CPU"
 
 
-def read_cells(first=r"v\d+", figure="val_bpb"):
-    """By (vocabulary, width, steps, machine): by head, its seeds' figures; and the same for `tied+10%`."""
-    figures = defaultdict(dict)
+def device(result):
+    """The kind of processor, in a word."""
+    named = re.search("H100|H200", result["hardware"])
+    return named[0] if named else "CPU"
+
+
+def read_cells(first=r"v\d+"):
+    """By (vocabulary, width, steps, machine): by head, its results by seed; also for `tied+10%`."""
+    cells = defaultdict(lambda: defaultdict(dict))
     for _, (*_, dim, steps, head, seed), result in read_results(first):
         vocab, steps = result["settings"].get("vocab_size", 1024), int(steps[1:])
         if head == "tied" and steps % 11 == 0:
             head, steps = "tied+10%", steps * 10 // 11
-        cell = vocab, int(dim[1:]), steps, machine(result)
-        figures[cell, head][int(seed)] = result[figure]
+        cells[vocab, int(dim[1:]), steps, machine(result)][head][seed] = result
+    return dict(sorted(cells.items()))
 
-    cells = defaultdict(dict)
-    for (cell, head), seeds in sorted(figures.items()):
-        cells[cell][head] = list(seeds.values())
-    return cells
+
+def values(results, name="val_bpb"):
+    """A figure of each seed, the seeds in one order for all heads."""
+    return np.array([results[seed][name] for seed in sorted(results)])
 
 
 def break_even(tied, longer, head):
-    """The ratio, and the ends of its 95% interval."""
+    """The ratio, and the ends of its 95% interval; samples are taken as independent."""
     gain, slope = np.mean(tied) - np.mean(head), np.mean(tied) - np.mean(longer)
     v_tied, v_longer, v_head = (np.var(x, ddof=1) / len(x) for x in (tied, longer, head))
     t = T_95[3 * (min(len(tied), len(longer), len(head)) - 1)]
@@ -75,41 +82,71 @@ def break_even(tied, longer, head):
     return 1 + 0.1 * gain / slope, 1 + 0.1 * (middle - half), 1 + 0.1 * (middle + half)
 
 
+@dataclass
+class Comparison:
+    """A head against tied in one cell: Welch's, and paired by seed, which fixes start and order."""
+
+    cell: tuple
+    head: str
+    gain: float
+    half: float  # of Welch's 95% interval, as all halves are
+    p: float
+    raw: float  # before packing
+    raw_half: float
+    paired_half: float
+    price: tuple  # break_even, or None
+    seeds: int
+    devices: str
+
+
+def compare(cell, heads, head):
+    tied, other, longer = heads["tied"], heads[head], heads.get("tied+10%", {})
+    a, b = values(tied), values(other)
+    raw_a, raw_b = values(tied, "pre_quant_val_bpb"), values(other, "pre_quant_val_bpb")
+    (_, p, half), (_, _, raw_half) = welch(b, a), welch(raw_b, raw_a)
+    pairs = [tied[seed]["val_bpb"] - other[seed]["val_bpb"] for seed in tied.keys() & other.keys()]
+    paired_half = T_95[len(pairs) - 1] * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
+    price = None
+    if len(longer) > 2 and head != "tied+10%":
+        price = break_even(a, values(longer), b)
+    devices = " and ".join(sorted({device(result) for result in [*tied.values(), *other.values()]}))
+    gain, raw = a.mean() - b.mean(), raw_a.mean() - raw_b.mean()
+    return Comparison(
+        cell, head, gain, half, p, raw, raw_half, paired_half, price, len(other), devices
+    )
+
+
 def compared(cells):
-    """For each head of each cell: cell, head, gain, half interval, p, break_even or None, seeds."""
+    """A Comparison for each head of each cell that has three seeds, as tied has there."""
     found = []
     for cell, heads in cells.items():
-        tied, longer = heads.get("tied"), heads.get("tied+10%")
         for head in ("tied+10%", *HEADS):
-            sample = heads.get(head)
-            if not tied or not sample or min(len(tied), len(sample)) < 3:
-                continue
-            _, p, half = welch(sample, tied)
-            price = None
-            if longer and len(longer) > 2 and head != "tied+10%":
-                price = break_even(tied, longer, sample)
-            gain = np.mean(tied) - np.mean(sample)
-            found.append((cell, head, gain, half, p, price, len(sample)))
+            if min(len(heads.get("tied", ())), len(heads.get(head, ()))) > 2:
+                found.append(compare(cell, heads, head))
     return found
 
 
 def law_table(first=r"v\d+"):
     lines = [
-        "| D | V | tokens | head | gain over tied, bpb, 95% | p | before packing, 95% | break-even time ratio, 95% | seeds | on |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| D | V | tokens | head | gain over tied, bpb, 95% | p | paired by seed | before packing, 95%"
+        " | break-even time ratio, 95% | seeds | on |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    after, before = (compared(read_cells(first, name)) for name in ("val_bpb", "pre_quant_val_bpb"))
-    for row, (*_, raw, raw_half, _, _, _) in zip(after, before):
-        (vocab, dim, steps, where), head, gain, half, p, price, seeds = row
-        ratio = f"{price[0]:.3f} ({price[1]:.3f} to {price[2]:.3f})" if price else ""
-        if price and math.isinf(price[1]):
-            ratio = f"{price[0]:.3f} (no bounds)"
-        elif price and price[1] < 0:
-            ratio = f"{price[0]:.3f} (below {price[2]:.3f})"
-        name = HEADS.get(head, "tied, 10% more steps")
+    for c in compared(read_cells(first)):
+        vocab, dim, steps, _ = c.cell
+        ratio = ""
+        if c.price:
+            value, low, high = c.price
+            ratio = f"{value:.3f} ({low:.3f} to {high:.3f})"
+            if math.isinf(low):
+                ratio = f"{value:.3f} (no bounds)"
+            elif low < 0:
+                ratio = f"{value:.3f} (below {high:.3f})"
+        name = HEADS.get(c.head, "tied, 10% more steps")
         lines.append(
-            f"| {dim} | {vocab} | {steps * 2048 / 1e6:.1f}M | {name} | {gain:+.4f} +- {half:.4f} | {p:.2g}"
-            f" | {raw:+.4f} +- {raw_half:.4f} | {ratio} | {seeds} | {where} |"
+            f"| {dim} | {vocab} | {steps * 2048 / 1e6:.1f}M | {name} | {c.gain:+.4f} +- {c.half:.4f}"
+            f" | {c.p:.2g} | +- {c.paired_half:.4f} | {c.raw:+.4f} +- {c.raw_half:.4f} | {ratio}"
+            f" | {c.seeds} | {c.devices} |"
         )
     return "\n".join(lines)
 
@@ -117,10 +154,11 @@ def law_table(first=r"v\d+"):
 def answer_table():
     """README's: gains on a GPU, a line a cell: by V / D, then by tokens."""
     gains = defaultdict(dict)
-    for (vocab, dim, steps, where), head, gain, half, *_ in compared(read_cells()):
+    for c in compared(read_cells()):
+        vocab, dim, steps, where = c.cell
         if where == "GPU":
-            bold = "**" if head in HEADS and abs(gain) > half else ""
-            gains[steps, vocab, dim][head] = f"{bold}{gain:+.3f} +- {half:.3f}{bold}"
+            bold = "**" if c.head in HEADS and abs(c.gain) > c.half else ""
+            gains[steps, vocab, dim][c.head] = f"{bold}{c.gain:+.3f} +- {c.half:.3f}{bold}"
 
     heads = [head for head in (*HEADS, "tied+10%") if any(head in row for row in gains.values())]
     names = [HEADS.get(head, "tied, 10% more steps") for head in heads]
@@ -180,19 +218,22 @@ def rank_table():
 
 
 def frozen_table():
-    """Study A's heads, untrained as they were, and trained."""
+    """Study A's heads, untrained as they were, and trained: bpb, and how much worse than tied."""
     bpb = defaultdict(list)
     for _, (*_, name, _), result in read_results("frozen1024"):
         bpb[name].append(result["val_bpb"])
-    lines = ["| head | untrained, as study A's were | trained |", "|---|---|---|"]
-    if len(bpb["tied"]) > 1:
-        tied = f"{np.mean(bpb['tied']):.4f} +- {np.std(bpb['tied'], ddof=1):.4f}"
-        lines.append(f"| tied | | {tied} ({len(bpb['tied'])}) |")
+    lines = [
+        "| head | untrained, as study A's were | worse than tied, 95% | trained | worse than tied, 95% |",
+        "|---|---|---|---|---|",
+        f"| tied | | | {np.mean(bpb['tied']):.4f} +- {np.std(bpb['tied'], ddof=1):.4f} | |",
+    ]
     for head in ("factorized", "mos", "simplex"):
         cells = []
         for sample in (bpb[head + "0"], bpb[head + "1"]):
-            spread = f" +- {np.std(sample, ddof=1):.4f}" if len(sample) > 1 else ""
-            cells.append(f"{np.mean(sample):.4f}{spread} ({len(sample)})" if sample else "")
+            _, p, half = welch(sample, bpb["tied"])
+            worse = np.mean(sample) - np.mean(bpb["tied"])
+            cells.append(f"{np.mean(sample):.4f} +- {np.std(sample, ddof=1):.4f}")
+            cells.append(f"{worse:+.3f} +- {half:.3f} (p {p:.1g})")
         lines.append(f"| {head} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -203,20 +244,23 @@ def best_table():
     for _, (steps, name, _), result in read_results("best11"):
         bpb[name, int(steps[1:])].append(result["val_bpb"])
     lines = [
-        "| run | steps | bpb, standard deviation | difference, 95% | p | seeds |",
-        "|---|---|---|---|---|---|",
+        "| run | steps | bpb, standard deviation | difference, 95% | seeds |",
+        "|---|---|---|---|---|",
     ]
     for (name, steps), sample in bpb.items():
-        other = "best" if name.startswith("best_") else "study"
-        against = bpb.get((other, steps), [])
-        difference = "| "
-        if name != other and min(len(sample), len(against)) > 2:
+        differences = []
+        for other in ["best"] if name.startswith("best_") else ["study", "shuffle"]:
+            against = bpb.get((other, steps), [])
+            if name in (other, "study") or min(len(sample), len(against)) < 3:
+                continue
+            if other == "shuffle" and name != "best":
+                continue
             _, p, half = welch(sample, against)
             shift = np.mean(sample) - np.mean(against)
-            difference = f"{shift:+.4f} +- {half:.4f} to {other} | {p:.2g}"
+            differences.append(f"{shift:+.4f} +- {half:.4f} to {other} (p {p:.2g})")
         spread = f" +- {np.std(sample, ddof=1):.4f}" if len(sample) > 1 else ""
         lines.append(
-            f"| {name} | {steps} | {np.mean(sample):.4f}{spread} | {difference} | {len(sample)} |"
+            f"| {name} | {steps} | {np.mean(sample):.4f}{spread} | {'; '.join(differences)} | {len(sample)} |"
         )
     return "\n".join(lines)
 
@@ -238,14 +282,14 @@ def draw(found, place, tick, label, title, name):
     styles |= {head: (words, f"C{i}", "-") for i, (head, words) in enumerate(HEADS.items())}
     for i, (head, (words, color, line)) in enumerate(styles.items()):
         points = defaultdict(list)
-        for cell, other, gain, half, *_ in found:
-            if other != head or place(cell) is None:
+        for c in found:
+            if c.head != head or place(c.cell) is None:
                 continue
-            if half < 0.1:
-                points[cell[0]].append((place(cell), gain, half))
+            if c.half < 0.1:
+                points[c.cell[0]].append((place(c.cell), c.gain, c.half))
             elif head == "untied":
-                words_there = f"V = {cell[0]}:\n+- {half:.2f},\nnothing\nshown"
-                axes.annotate(words_there, (place(cell) * 1.12, 0.03), fontsize=9)
+                remark = f"V = {c.cell[0]}:\n+- {c.half:.2f},\nnothing\nshown"
+                axes.annotate(remark, (place(c.cell) * 1.12, 0.03), fontsize=9)
         for vocab, some in points.items():
             x, gain, half = np.transpose(sorted(some))
             places |= set(x)

@@ -107,12 +107,12 @@ def test_the_tables_of_the_study_are_made_of_its_results(figures):
     assert figures.answer_table() in readme
 
 
-def test_what_the_law_compares_has_three_seeds_one_source_one_cap_and_one_machine(figures):
+def test_what_the_law_compares_has_three_seeds_one_source_one_cap_and_one_precision(figures):
     cells = figures.read_cells()
     compared = figures.compared(cells)
     assert len(compared) >= 6
-    for cell, *_, seeds in compared:
-        assert seeds >= 3 and len(cells[cell]["tied"]) >= 3
+    for c in compared:
+        assert cells[c.cell]["tied"].keys() == cells[c.cell][c.head].keys() and c.seeds >= 3
 
     facts = defaultdict(set)
     for result in RESULTS:
@@ -120,12 +120,32 @@ def test_what_the_law_compares_has_three_seeds_one_source_one_cap_and_one_machin
         if row.startswith("v"):
             facts["source"].add(result["source_sha256"])
             facts[row.split("-s")[0], "cap"].add(settings["size_limit_bytes"])
-            facts[row.rsplit("-", 1)[0], "hardware"].add(result["hardware"])
+            facts[row.rsplit("-", 1)[0], "hardware"].add(result["hardware"])  # of a head's seeds
             facts[figures.machine(result)].add(
                 (result["pytorch_version"], settings["compute_dtype"])
             )
             assert result["bytes_total"] <= settings["size_limit_bytes"]
     assert all(len(values) == 1 for values in facts.values()), facts
+
+
+def test_a_comparison_is_welch_s_and_scipy_s_paired_one(figures):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(2)
+    seeds = np.array([1.98, 2.0, 2.02])  # what tied and the head share
+    heads = {}
+    for head, shift in dict(tied=0.0, untied=-0.02, **{"tied+10%": -0.01}).items():
+        sample = seeds + shift + 0.001 * rng.standard_normal(3)
+        heads[head] = {
+            seed: dict(val_bpb=bpb, pre_quant_val_bpb=bpb - 0.001, hardware="CPU")
+            for seed, bpb in zip("abc", sample)
+        }
+    c = figures.compare((1024, 64, 1500, "CPU"), heads, "untied")
+    tied, untied = ([run["val_bpb"] for run in heads[head].values()] for head in ("tied", "untied"))
+    assert c.gain == pytest.approx(np.mean(tied) - np.mean(untied))
+    assert c.p == pytest.approx(stats.ttest_ind(untied, tied, equal_var=False).pvalue, abs=1e-4)
+    interval = stats.ttest_rel(tied, untied).confidence_interval(0.95)
+    assert c.paired_half == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
+    assert c.paired_half < 0.3 * c.half and (c.seeds, c.devices) == (3, "CPU")
 
 
 def test_fieller_s_interval_holds_the_ratios_that_welch_like_tests_do_not_reject(figures):
