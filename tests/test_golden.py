@@ -1,5 +1,7 @@
 """Losses of 20 steps that every source since 8aa96f6 must repeat: a small study stack, float32, one thread.
 
+`best` is the preset, narrowed, as commit 8583b8f had it, which made its rows in .study/results.jsonl.
+
 `python tests/test_golden.py` writes tests/golden.json anew; do that only where a commit means to change the arithmetic, and say so.
 """
 
@@ -42,7 +44,12 @@ SETTINGS = dict(
     COMPILE="0",
     SEED="42",
 )
-HEADS = dict(tied={}, mos=dict(HEAD_RANK="16"), untied={})
+RUNS = dict(
+    tied=dict(HEAD_TYPE="tied"),
+    mos=dict(HEAD_TYPE="mos", HEAD_RANK="16"),
+    untied=dict(HEAD_TYPE="untied"),
+    best=dict(PRESET="best", LOOP_LAYERS="1", PARALLEL_FROM="3", XSA_LAST_N="4"),
+)
 
 
 def write_data(folder):
@@ -76,22 +83,22 @@ def write_data(folder):
     )
 
 
-def losses(folder, head):
+def losses(folder, name):
     """The training losses of 20 steps and the final validation loss at stride 32; the run is in this process."""
-    own = dict(RUN_ID=head, HEAD_TYPE=head, DATA_PATH=".", TOKENIZER_PATH="tokenizer.model")
+    own = dict(RUN_ID=name, DATA_PATH=".", TOKENIZER_PATH="tokenizer.model")
     back, numbers = Path.cwd(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.getsignal(number) for number in numbers]
     os.chdir(folder)
     try:
         with mock.patch.object(sys, "argv", ["train_gpt.py"]):
-            assert train_gpt.run(SETTINGS | HEADS[head] | own, cpu_world()) == 0
+            assert train_gpt.run(SETTINGS | RUNS[name] | own, cpu_world()) == 0
     finally:
         os.chdir(back)
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
-    records = (folder / "runs" / head / "metrics.jsonl").read_text().splitlines()
+    records = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     training = [r["train_loss"] for r in map(json.loads, records) if r["kind"] == "train"]
-    final = json.loads((folder / "runs" / head / "submission.json").read_text())["val_loss"]
+    final = json.loads((folder / "runs" / name / "submission.json").read_text())["val_loss"]
     return [*training, final]
 
 
@@ -102,14 +109,15 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_losses_are_those_of_the_first_source(head, folder):
-    expected = json.loads(GOLDEN.read_text())[head]
-    np.testing.assert_allclose(losses(folder, head), expected, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_are_those_of_the_first_source(name, folder):
+    expected = json.loads(GOLDEN.read_text())[name]
+    rounding = 3e-4 if name == "best" else 1e-4  # its source had three products for q, k and v
+    np.testing.assert_allclose(losses(folder, name), expected, rtol=0, atol=rounding)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         write_data(Path(scratch))
-        found = {head: losses(Path(scratch), head) for head in HEADS}
+        found = {name: losses(Path(scratch), name) for name in RUNS}
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
