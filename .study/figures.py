@@ -100,6 +100,7 @@ class Comparison:
 
 
 def compare(cell, heads, head):
+    """The Comparison of a head with tied; `heads` are the cell's results, by head and seed."""
     tied, other, longer = heads["tied"], heads[head], heads.get("tied+10%", {})
     a, b = values(tied), values(other)
     raw_a, raw_b = values(tied, "pre_quant_val_bpb"), values(other, "pre_quant_val_bpb")
@@ -157,7 +158,8 @@ def answer_table():
     for c in compared(read_cells()):
         vocab, dim, steps, where = c.cell
         if where == "GPU":
-            bold = "**" if c.head in HEADS and abs(c.gain) > c.half else ""
+            proven = c.head in HEADS and abs(c.gain) > max(c.half, c.paired_half)
+            bold = "**" if proven else ""
             gains[steps, vocab, dim][c.head] = f"{bold}{c.gain:+.3f} +- {c.half:.3f}{bold}"
 
     heads = [head for head in (*HEADS, "tied+10%") if any(head in row for row in gains.values())]
@@ -191,6 +193,12 @@ def rate_table():
     return "\n".join(lines)
 
 
+def span(texts):
+    """The least and the greatest of some numbers, or the one they all are."""
+    ordered = sorted(set(texts), key=float)
+    return " to ".join(dict.fromkeys([ordered[0], ordered[-1]])) if ordered else ""
+
+
 def rank_table():
     """By head and width: dimensions of 99.99% of the log-probabilities' energy; its share beyond D."""
     spectra = defaultdict(list)
@@ -206,12 +214,9 @@ def rank_table():
         cells = []
         for dim in widths:
             found = spectra.get((head, dim), [])
-            ranks = sorted({one["rank_9999"] for one in found})
-            beyond = sorted(one["energy_beyond_model_dim"] for one in found)
-            text = (
-                f"{ranks[0]} to {ranks[-1]}; {beyond[0]:.1e} to {beyond[-1]:.1e}" if found else ""
-            )
-            cells.append(text or "not run")
+            ranks = span(f"{one['rank_9999']}" for one in found)
+            beyond = span(f"{one['energy_beyond_model_dim']:.1e}" for one in found)
+            cells.append(f"{ranks}; {beyond}" if found else "not run")
         if set(cells) != {"not run"}:
             lines.append(f"| {HEADS.get(head, head)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -238,6 +243,13 @@ def frozen_table():
     return "\n".join(lines)
 
 
+def baselines(name):
+    """The runs that a row of `best` is compared with."""
+    if name.startswith("best_"):
+        return ["best"]
+    return dict(study=[], best=["study", "shuffle"]).get(name, ["study"])
+
+
 def best_table():
     """PRESET=best, its parts and heads on it, each against the run that it changes."""
     bpb = defaultdict(list)
@@ -249,15 +261,12 @@ def best_table():
     ]
     for (name, steps), sample in bpb.items():
         differences = []
-        for other in ["best"] if name.startswith("best_") else ["study", "shuffle"]:
+        for other in baselines(name):
             against = bpb.get((other, steps), [])
-            if name in (other, "study") or min(len(sample), len(against)) < 3:
-                continue
-            if other == "shuffle" and name != "best":
-                continue
-            _, p, half = welch(sample, against)
-            shift = np.mean(sample) - np.mean(against)
-            differences.append(f"{shift:+.4f} +- {half:.4f} to {other} (p {p:.2g})")
+            if min(len(sample), len(against)) > 2:
+                _, p, half = welch(sample, against)
+                shift = np.mean(sample) - np.mean(against)
+                differences.append(f"{shift:+.4f} +- {half:.4f} to {other} (p {p:.2g})")
         spread = f" +- {np.std(sample, ddof=1):.4f}" if len(sample) > 1 else ""
         lines.append(
             f"| {name} | {steps} | {np.mean(sample):.4f}{spread} | {'; '.join(differences)} | {len(sample)} |"
@@ -301,7 +310,8 @@ def draw(found, place, tick, label, title, name):
             if head == "untied" and vocab != 1024:
                 axes.annotate(f"V = {vocab}", (x[0] * 1.08, gain[0]), va="center", fontsize=9)
     axes.axhline(0, color="black", linewidth=1)
-    axes.set_ylim(-0.045, 0.095)  # of both pictures
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -0.045), max(high, 0.095))  # one scale for both pictures
     axes.annotate("above the line: better than tied", (0.01, 0.95), xycoords="axes fraction")
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(places) / 1.2, max(places) * 1.5)
