@@ -498,8 +498,14 @@ def test_a_new_head_with_a_setting_of_its_own_is_one_class_one_line_and_one_fiel
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_gives_the_same_losses_within_1e_5(ranks, data, tmp_path):
-    sizes = dict(ITERATIONS=12, SHUFFLE=1, VAL_LOSS_EVERY=8, EVAL_STRIDE=48)
-    sizes |= dict(HEAD_TYPE="mos", HEAD_RANK=8)
+    sizes = dict(
+        ITERATIONS=12,
+        SHUFFLE=1,
+        HEAD_TYPE="mos",
+        HEAD_RANK=8,
+        VAL_LOSS_EVERY=8,
+        EVAL_STRIDE=48,
+    )
     run_here(tmp_path, SMALL_RUN, data, sizes, dict(RUN_ID="one"))
     run(tmp_path, SMALL_RUN, data, sizes, dict(RUN_ID="many"), ranks=ranks)
     (one, bpb), (many, other) = (losses(tmp_path / "runs" / name) for name in ("one", "many"))
