@@ -51,7 +51,7 @@ def device(result):
     return named[0] if named else "CPU"
 
 
-def read_cells(first=r"v\d+"):
+def read_cells(first=r"(v|cpu)\d+"):
     """By (vocabulary, width, steps, machine): by head, its results by seed; also for `tied+10%`."""
     cells = defaultdict(lambda: defaultdict(dict))
     for _, (*_, dim, steps, head, seed), result in read_results(first):
@@ -127,7 +127,7 @@ def compared(cells):
     return found
 
 
-def law_table(first=r"v\d+"):
+def law_table(first=r"(v|cpu)\d+"):
     lines = [
         "| D | V | tokens | head | gain over tied, bpb, 95% | p | paired by seed | before packing, 95%"
         " | break-even time ratio, 95% | seeds | on |",
@@ -202,7 +202,7 @@ def span(texts):
 def rank_table():
     """By head and width: dimensions of 99.99% of the log-probabilities' energy; its share beyond D."""
     spectra = defaultdict(list)
-    for _, (dim, _, head, _), result in read_results("v1024"):
+    for _, (dim, _, head, _), result in read_results("(v|cpu)1024"):
         if "spectrum" in result:
             spectra[head, int(dim[1:])].append(result["spectrum"])
     widths = sorted({dim for _, dim in spectra})

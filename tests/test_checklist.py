@@ -117,7 +117,7 @@ def test_what_the_law_compares_has_three_seeds_one_source_one_cap_and_one_precis
     facts = defaultdict(set)
     for result in RESULTS:
         row, settings = result["row"], result["settings"]
-        if row.startswith("v"):
+        if row.startswith(("v", "cpu")):
             facts["source"].add(result["source_sha256"])
             facts[row.split("-s")[0], "cap"].add(settings["size_limit_bytes"])
             facts[row.rsplit("-", 1)[0], "hardware"].add(result["hardware"])  # of a head's seeds

@@ -1,0 +1,118 @@
+"""The sweep `.study/run`, with an interpreter that trains nothing and writes down what it was asked for."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, from_env
+
+import train_gpt
+
+PARTS = ("law", "cpu", "rate", "frozen", "best")
+LINES = (ROOT / ".study/results.jsonl").read_text().splitlines()
+RESULTS = {result["row"]: result for result in map(json.loads, LINES)}
+DEFAULTS = dataclasses.asdict(train_gpt.Hyperparameters())
+
+# as `python train_gpt.py`: a run's environment to a file, or a failure; as `python record.py ROW FOLDER`: a line
+INTERPRETER = """#!/usr/bin/env bash
+case $1 in
+  train_gpt.py)
+    [ "$RUN_ID" != "${FAILING:-}" ] || exit 2
+    env > "$RUN_ID.env" ;;
+  */record.py) echo "{\\"row\\": \\"$2\\", \\"folder\\": \\"$3\\"}" ;;
+esac
+"""
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("git")
+    or subprocess.run(
+        ["git", "cat-file", "-e", "9d6f88d"], cwd=ROOT, capture_output=True
+    ).returncode,
+    reason="needs git and this repository's history",
+)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Starts the sweep with its results in tmp_path; returns its exit code and the rows that it made."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text(INTERPRETER)
+    interpreter.chmod(0o755)
+    results = tmp_path / "results.jsonl"
+
+    def start(part, pattern, **variables):
+        had = results.read_text().splitlines() if results.exists() else []
+        paths = dict(PYTHON=str(interpreter), RESULTS=str(results), WORK=str(tmp_path))
+        environment = {**os.environ, "JOBS": "4", **variables, **paths}
+        command = ["bash", ROOT / ".study/run", part, tmp_path, pattern]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        lines = results.read_text().splitlines() if results.exists() else []
+        made = [json.loads(line)["row"] for line in lines]
+        assert made[: len(had)] == [json.loads(line)["row"] for line in had]
+        return done.returncode, made[len(had) :]
+
+    return start
+
+
+def environment_of(tmp_path, row):
+    """The variables that a row's run was started with."""
+    lines = (tmp_path / f"{row}.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def without_machine(settings):
+    """Settings without what is of the machine that a run was made on."""
+    paths = ("given", "run_id", "data_path", "tokenizer_path", "size_limit_bytes")
+    elsewhere = (*paths, "compute_dtype", "attn_backend", "allow_near_misses")
+    return {name: value for name, value in settings.items() if name not in elsewhere}
+
+
+def test_a_row_is_made_once_and_what_is_missing_is_made_later(sweep, tmp_path):
+    pattern = "^1024 64 1500 .* (untied|mos2) "
+    rows = {f"v1024-d64-s1500-{head}-{seed}" for head in ("untied", "mos2") for seed in (3, 5, 7)}
+    failing = "v1024-d64-s1500-mos2-5"
+    code, made = sweep("law", pattern, SEEDS="3 5", FAILING=failing)
+    assert code != 0 and set(made) == rows - {failing} and len(made) == len(rows) - 1
+    assert sweep("law", pattern, SEEDS="3 5") == (0, [failing])
+    assert sweep("law", pattern, SEEDS="3 5") == (0, [])
+
+
+def test_a_row_s_run_gets_the_cell_s_settings_and_not_the_sweep_s_own(sweep, tmp_path):
+    assert sweep("law", "^1024 64 1500 5 mos2 ", SEEDS="3 5") == (0, ["v1024-d64-s1500-mos2-5"])
+    got = environment_of(tmp_path, "v1024-d64-s1500-mos2-5")
+    code = len((tmp_path / "train_gpt.py").read_bytes())
+    wanted = dict(
+        SEED="5", MODEL_DIM="64", HEAD_TYPE="mos", HEAD_K="2", HEAD_RANK="64", ITERATIONS="1500"
+    )
+    wanted |= dict(SIZE_LIMIT_BYTES=str(code + 132000), COMPUTE_DTYPE="fp32", SHUFFLE="1")
+    assert wanted.items() <= got.items()
+    assert "SEEDS" not in got
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_rows_of_a_part_are_made_as_the_committed_ones_were(part, sweep, tmp_path):
+    code, made = sweep(part, ".")
+    assert code == 0
+
+    code_bytes = len((tmp_path / "train_gpt.py").read_bytes())
+    compared = 0
+    for row in made:
+        s = dataclasses.asdict(from_env(environment_of(tmp_path, row)))
+        assert s["run_id"] == row and row.endswith(f"-{s['seed']}")
+        if row not in RESULTS:
+            continue
+        then = RESULTS[row]["settings"]
+        budget = then["size_limit_bytes"] - RESULTS[row]["bytes_code"]
+        assert s["size_limit_bytes"] - code_bytes == budget
+        changed = {name: value for name, value in s.items() if value != DEFAULTS[name]}
+        assert without_machine(changed) == without_machine(then), row
+        compared += 1
+    assert compared, "no row of this part is committed"
+
+
+def test_a_wrong_part_or_pattern_ends_it_before_anything_runs(sweep):
+    assert sweep("laws", ".") == (2, [])
+    assert sweep("law", "no such row") == (2, [])
