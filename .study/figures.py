@@ -1,11 +1,11 @@
-"""The study's tables and pictures from results.jsonl: `python .study/figures.py`.
+"""The study's tables and pictures from results.jsonl: `python .study/figures.py` (needs matplotlib and scipy).
 
 It writes law_of_scale.png and tokens.png, the tables of RESULTS.md between their markers, and submission.json's list `study`.
 
 A cell is a vocabulary, a width, a number of steps and a kind of machine. In it a head's gain is the mean bpb of tied less the head's,
 at equal bytes and equal steps. Its price is the break-even ratio: how many times longer its step may take before tied, with
-the steps of the time saved, is as good; by the line through tied at the cell's steps and at a tenth more, with Fieller's
-interval (1954) for a ratio of two means.
+the steps of the time saved, is as good; by the line through tied at the cell's steps and at a tenth more, with an interval
+as Fieller's (1954) for a ratio of two means, but with Welch's degrees of freedom.
 """
 
 import json
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student_t
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -29,7 +30,6 @@ HEADS = dict(
     delta64="delta, R = 64",
     late="delta from 2/3 on",
 )
-T_95 = {2: 4.30, 3: 3.18, 6: 2.45, 9: 2.26}  # Student's t, by degrees of freedom
 
 
 def read_results(first):
@@ -67,19 +67,32 @@ def values(results, name="val_bpb"):
     return np.array([results[seed][name] for seed in sorted(results)])
 
 
-def break_even(tied, longer, head):
-    """The ratio, and the ends of its 95% interval; samples are taken as independent."""
-    gain, slope = np.mean(tied) - np.mean(head), np.mean(tied) - np.mean(longer)
-    v_tied, v_longer, v_head = (np.var(x, ddof=1) / len(x) for x in (tied, longer, head))
-    t = T_95[3 * (min(len(tied), len(longer), len(head)) - 1)]
+def half_of_pairs(a, b):
+    """Half of the 95% interval of mean(a) - mean(b), paired by seed."""
+    return student_t.ppf(0.975, len(a) - 1) * np.std(a - b, ddof=1) / math.sqrt(len(a))
 
-    # the ratios r with (gain - r slope)^2 <= t^2 times its variance: between two roots
-    a = slope**2 - t**2 * (v_tied + v_longer)
-    b = gain * slope - t**2 * v_tied
-    c = gain**2 - t**2 * (v_tied + v_head)
-    half = math.sqrt(b * b - a * c) / a if a > 0 else math.inf  # the slope itself may be zero
-    middle = b / a
-    return 1 + 0.1 * gain / slope, 1 + 0.1 * (middle - half), 1 + 0.1 * (middle + half)
+
+def break_even(tied, longer, head):
+    """The ratio, and the ends of its 95% interval, infinite where it has none; samples are taken as independent.
+
+    The ratio 1 + r / 10 is even where (1 - r) tied + r longer = head. The interval holds each r at which the
+    difference of the two sides is within its own 95% interval (Welch's degrees of freedom) of zero.
+    """
+    samples = (tied, longer, head)
+    means = np.array([np.mean(x) for x in samples])
+    variances = np.array([np.var(x, ddof=1) / len(x) for x in samples])
+    free = np.array([len(x) - 1 for x in samples])
+
+    r = np.linspace(-100, 100, 20_001)  # as fine as the table's third digit
+    weights = np.stack([1 - r, r, -np.ones_like(r)])
+    parts = weights**2 * variances[:, None]
+    variance = parts.sum(0)
+    freedom = variance**2 / (parts**2 / free[:, None]).sum(0)
+    inside = (means @ weights) ** 2 <= student_t.ppf(0.975, freedom) ** 2 * variance
+
+    ends = r[inside][[0, -1]] if inside.any() else np.full(2, np.nan)
+    ends[np.abs(ends) == 100] *= math.inf
+    return 1 + 0.1 * np.array([(means[0] - means[2]) / (means[0] - means[1]), *ends])
 
 
 @dataclass
@@ -101,12 +114,13 @@ class Comparison:
 
 def compare(cell, heads, head):
     """The Comparison of a head with tied; `heads` are the cell's results, by head and seed."""
-    tied, other, longer = heads["tied"], heads[head], heads.get("tied+10%", {})
+    shared = heads["tied"].keys() & heads[head].keys()
+    tied, other = ({seed: heads[name][seed] for seed in shared} for name in ("tied", head))
+    longer = heads.get("tied+10%", {})
     a, b = values(tied), values(other)
     raw_a, raw_b = values(tied, "pre_quant_val_bpb"), values(other, "pre_quant_val_bpb")
     (_, p, half), (_, _, raw_half) = welch(b, a), welch(raw_b, raw_a)
-    pairs = [tied[seed]["val_bpb"] - other[seed]["val_bpb"] for seed in tied.keys() & other.keys()]
-    paired_half = T_95[len(pairs) - 1] * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
+    paired_half = half_of_pairs(a, b)
     price = None
     if len(longer) > 2 and head != "tied+10%":
         price = break_even(a, values(longer), b)
@@ -118,11 +132,11 @@ def compare(cell, heads, head):
 
 
 def compared(cells):
-    """A Comparison for each head of each cell that has three seeds, as tied has there."""
+    """A Comparison for each head of each cell that shares three seeds or more with tied there."""
     found = []
     for cell, heads in cells.items():
         for head in ("tied+10%", *HEADS):
-            if min(len(heads.get("tied", ())), len(heads.get(head, ()))) > 2:
+            if len(heads["tied"].keys() & heads[head].keys()) > 2:
                 found.append(compare(cell, heads, head))
     return found
 
@@ -136,11 +150,13 @@ def law_table(first=r"(v|cpu)\d+"):
     for c in compared(read_cells(first)):
         vocab, dim, steps, _ = c.cell
         ratio = ""
-        if c.price:
+        if c.price is not None:
             value, low, high = c.price
             ratio = f"{value:.3f} ({low:.3f} to {high:.3f})"
-            if math.isinf(low):
+            if math.isinf(low) and math.isinf(high):
                 ratio = f"{value:.3f} (no bounds)"
+            elif math.isinf(high):
+                ratio = f"{value:.3f} (above {low:.3f})"
             elif low < 0:
                 ratio = f"{value:.3f} (below {high:.3f})"
         name = HEADS.get(c.head, "tied, 10% more steps")
@@ -223,23 +239,26 @@ def rank_table():
 
 
 def frozen_table():
-    """Study A's heads, untrained as they were, and trained: bpb, and how much worse than tied."""
-    bpb = defaultdict(list)
+    """Study A's heads, untrained as they were, and trained: bpb, and how much worse than tied, before packing, too."""
+    samples = defaultdict(list)
     for _, (*_, name, _), result in read_results("frozen1024"):
-        bpb[name].append(result["val_bpb"])
+        samples[name].append((result["val_bpb"], result["pre_quant_val_bpb"]))
     lines = [
-        "| head | untrained, as study A's were | worse than tied, 95% | trained | worse than tied, 95% |",
+        "| head | bpb, standard deviation | worse than tied, 95% | before packing | worse than tied, 95% |",
         "|---|---|---|---|---|",
-        f"| tied | | | {np.mean(bpb['tied']):.4f} +- {np.std(bpb['tied'], ddof=1):.4f} | |",
     ]
-    for head in ("factorized", "mos", "simplex"):
-        cells = []
-        for sample in (bpb[head + "0"], bpb[head + "1"]):
-            _, p, half = welch(sample, bpb["tied"])
-            worse = np.mean(sample) - np.mean(bpb["tied"])
-            cells.append(f"{np.mean(sample):.4f} +- {np.std(sample, ddof=1):.4f}")
-            cells.append(f"{worse:+.3f} +- {half:.3f} (p {p:.1g})")
-        lines.append(f"| {head} | {' | '.join(cells)} |")
+    names = {"0": ", untrained, as study A's were", "1": ", trained"}
+    for name in (
+        "tied",
+        *(head + how for how in names for head in ("factorized", "mos", "simplex")),
+    ):
+        cells = [name.rstrip("01") + names.get(name[-1], "")]
+        for sample, tied in zip(np.transpose(samples[name]), np.transpose(samples["tied"])):
+            cells += [f"{sample.mean():.4f} +- {np.std(sample, ddof=1):.4f}", ""]
+            if name != "tied":
+                _, p, half = welch(sample, tied)
+                cells[-1] = f"{sample.mean() - tied.mean():+.3f} +- {half:.3f} (p {p:.1g})"
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -252,25 +271,27 @@ def baselines(name):
 
 def best_table():
     """PRESET=best, its parts and heads on it, each against the run that it changes."""
-    bpb = defaultdict(list)
-    for _, (steps, name, _), result in read_results("best11"):
-        bpb[name, int(steps[1:])].append(result["val_bpb"])
+    bpb = defaultdict(dict)
+    for _, (steps, name, seed), result in read_results("best11"):
+        bpb[name, int(steps[1:])][seed] = result
     lines = [
-        "| run | steps | bpb, standard deviation | difference, 95% | seeds |",
-        "|---|---|---|---|---|",
+        "| run | steps | bpb, standard deviation | difference, 95% | p | paired by seed | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for (name, steps), sample in bpb.items():
-        differences = []
-        for other in baselines(name):
-            against = bpb.get((other, steps), [])
-            if min(len(sample), len(against)) > 2:
-                _, p, half = welch(sample, against)
-                shift = np.mean(sample) - np.mean(against)
-                differences.append(f"{shift:+.4f} +- {half:.4f} to {other} (p {p:.2g})")
-        spread = f" +- {np.std(sample, ddof=1):.4f}" if len(sample) > 1 else ""
-        lines.append(
-            f"| {name} | {steps} | {np.mean(sample):.4f}{spread} | {'; '.join(differences)} | {len(sample)} |"
-        )
+    for (name, steps), runs in bpb.items():
+        sample = values(runs)
+        against = [
+            other for other in baselines(name) if len(bpb.get((other, steps), ())) == len(runs) > 2
+        ]
+        start = f"| {name} | {steps} | {sample.mean():.4f} +- {np.std(sample, ddof=1):.4f}"
+        for other in against or [None]:
+            difference = " |  | "
+            if other:
+                base = values(bpb[other, steps])
+                _, p, half = welch(sample, base)
+                shift = f"{sample.mean() - base.mean():+.4f} +- {half:.4f} to {other}"
+                difference = f"{shift} | {p:.2g} | +- {half_of_pairs(sample, base):.4f}"
+            lines.append(f"{start} | {difference} | {len(runs)} |")
     return "\n".join(lines)
 
 
