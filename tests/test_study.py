@@ -11,18 +11,19 @@ from conftest import ROOT, from_env
 
 import train_gpt
 
-PARTS = ("law", "cpu", "rate", "frozen", "best")
+PARTS = ("law", "cpu", "file_order", "rate", "frozen", "best")
 LINES = (ROOT / ".study/results.jsonl").read_text().splitlines()
 RESULTS = {result["row"]: result for result in map(json.loads, LINES)}
 DEFAULTS = dataclasses.asdict(train_gpt.Hyperparameters())
 
-# as `python train_gpt.py`: a run's environment to a file, or a failure; as `python record.py ROW FOLDER`: a line
+# as `train_gpt.py`: a run's environment to a file, or a failure, or a spectrum; as `record.py`: a line of results
 INTERPRETER = """#!/usr/bin/env bash
 case $1 in
   train_gpt.py)
+    [ "${MODE:-train}" != eval ] || { echo loading; echo "{\\"of\\": \\"$ARTIFACT\\"}"; exit; }
     [ "$RUN_ID" != "${FAILING:-}" ] || exit 2
     env > "$RUN_ID.env" ;;
-  */record.py) echo "{\\"row\\": \\"$2\\", \\"folder\\": \\"$3\\"}" ;;
+  */record.py) echo "{\\"row\\": \\"$2\\", \\"folder\\": \\"$3\\", \\"spectrum\\": ${4:-null}}" ;;
 esac
 """
 
@@ -78,6 +79,15 @@ def test_a_row_is_made_once_and_what_is_missing_is_made_later(sweep, tmp_path):
     assert code != 0 and set(made) == rows - {failing} and len(made) == len(rows) - 1
     assert sweep("law", pattern, SEEDS="3 5") == (0, [failing])
     assert sweep("law", pattern, SEEDS="3 5") == (0, [])
+
+
+def test_the_rank_is_measured_on_the_row_s_own_artifact_where_it_is_asked_for(sweep, tmp_path):
+    for row, asked in (("v1024-d64-s1500-tied-3", "0"), ("v1024-d64-s1500-untied-3", "1")):
+        pattern = f" {row.split('-')[3]} "
+        assert sweep("law", "^1024 64 1500 3" + pattern, SEEDS="3", SPECTRUM=asked) == (0, [row])
+    first, second = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert first["spectrum"] is None
+    assert second["spectrum"] == {"of": f"runs/{second['row']}/final_model.int8.ptz"}
 
 
 def test_a_row_s_run_gets_the_cell_s_settings_and_not_the_sweep_s_own(sweep, tmp_path):
