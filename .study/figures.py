@@ -169,14 +169,14 @@ def law_table(first=r"(v|cpu)\d+"):
 
 
 def answer_table():
-    """README's: gains on a GPU, a line a cell: by V / D, then by tokens."""
+    """README's: gains on a GPU with the wider interval, a line a cell: by V / D, then by tokens."""
     gains = defaultdict(dict)
     for c in compared(read_cells()):
         vocab, dim, steps, where = c.cell
         if where == "GPU":
-            proven = c.head in HEADS and abs(c.gain) > max(c.half, c.paired_half)
-            bold = "**" if proven else ""
-            gains[steps, vocab, dim][c.head] = f"{bold}{c.gain:+.3f} +- {c.half:.3f}{bold}"
+            half = max(c.half, c.paired_half)
+            bold = "**" if c.head in HEADS and abs(c.gain) > half else ""
+            gains[steps, vocab, dim][c.head] = f"{bold}{c.gain:+.3f} +- {half:.3f}{bold}"
 
     heads = [head for head in (*HEADS, "tied+10%") if any(head in row for row in gains.values())]
     names = [HEADS.get(head, "tied, 10% more steps") for head in heads]
@@ -296,7 +296,7 @@ def best_table():
 
 
 def draw(found, place, tick, label, title, name):
-    """Gain with its 95% interval, a colour a head, the cells of V = 1024 joined by a thin line.
+    """Gain with the wider of its two 95% intervals, a colour a head, the cells of V = 1024 joined by a thin line.
 
     `place` gives a cell's place on the axis, or None where it is not shown; `tick` a place's name.
     A cell that shows nothing is named and not drawn. Draws no picture of fewer than two places.
@@ -308,19 +308,24 @@ def draw(found, place, tick, label, title, name):
     axes = figure.add_subplot(xlabel=label, ylabel="bits per byte won over the tied head")
     axes.set_title(title, fontsize=11)
     places = set()
-    styles = {"tied+10%": ("tied, 10% more steps (a yardstick)", "grey", ":")}
-    styles |= {head: (words, f"C{i}", "-") for i, (head, words) in enumerate(HEADS.items())}
+    styles = {
+        "tied+10%": ("tied, 10% more steps: a yardstick", "grey", ":"),
+        "untied": ("untied: a matrix of its own, same rank", "C0", "-"),
+        "mos2": ("mixture of 2 softmaxes: higher rank", "C1", "-"),
+    }
     for i, (head, (words, color, line)) in enumerate(styles.items()):
         points = defaultdict(list)
         for c in found:
             if c.head != head or place(c.cell) is None:
                 continue
-            if c.half < 0.1:
-                points[c.cell[0]].append((place(c.cell), c.gain, c.half))
+            vocab, dim, *_ = c.cell
+            half = max(c.half, c.paired_half)
+            if half < 0.1:
+                points[vocab, dim if vocab != 1024 else 0].append((place(c.cell), c.gain, half))
             elif head == "untied":
-                remark = f"V = {c.cell[0]}:\n+- {c.half:.2f},\nnothing\nshown"
-                axes.annotate(remark, (place(c.cell) * 1.12, 0.03), fontsize=9)
-        for vocab, some in points.items():
+                remark = f"(V = {vocab}, D = {dim}:\n+- {half:.2f}, nothing shown)"
+                axes.annotate(remark, (place(c.cell), -0.04), fontsize=9, ha="center")
+        for (vocab, dim), some in points.items():
             x, gain, half = np.transpose(sorted(some))
             places |= set(x)
             x = x * 1.03 ** (i - 1)  # side by side
@@ -329,16 +334,17 @@ def draw(found, place, tick, label, title, name):
                 style = dict(linestyle="", fmt="s", mfc="white")
             axes.errorbar(x, gain, half, color=color, capsize=4, linewidth=1, **style)
             if head == "untied" and vocab != 1024:
-                axes.annotate(f"V = {vocab}", (x[0] * 1.08, gain[0]), va="center", fontsize=9)
+                remark = f"V = {vocab},\nD = {dim}"
+                axes.annotate(remark, (x[0] * 1.08, gain[0]), va="center", fontsize=9)
     axes.axhline(0, color="black", linewidth=1)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, -0.045), max(high, 0.095))  # one scale for both pictures
-    axes.annotate("above the line: better than tied", (0.01, 0.95), xycoords="axes fraction")
+    axes.annotate("above zero: better than tied", (0.01, 0.95), xycoords="axes fraction")
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(places) / 1.2, max(places) * 1.5)
     axes.set_xticks(sorted(places), [tick(x) for x in sorted(places)])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     if len(places) > 1:
         figure.savefig(HERE / name, dpi=120)
 
@@ -387,8 +393,8 @@ def main():
         found,
         bottleneck,
         lambda ratio: f"{ratio:.0f}\nD = {1024 / ratio:.0f}" if ratio < 32 else "32",
-        "V / D: how tight the bottleneck of rank D is, tighter to the right (dots: V = 1024)",
-        "Gain over the tied head by V / D (95% intervals, 3 seeds, 3.1M tokens)",
+        "V / D, tighter to the right; dots: V = 1024, the width D changes, and with it the model's size",
+        "Gain over the tied head by V / D (3.1M tokens; 95% intervals, 3 seeds)",
         "law_of_scale.png",
     )
     draw(
@@ -396,7 +402,7 @@ def main():
         tokens,
         lambda millions: f"{millions:.1f}",
         "millions of tokens of training (logarithmic; each length with its own schedule)",
-        "Gain over the tied head by length of training (V = 1024, D = 128; 95%, 3 seeds)",
+        "Gain over the tied head by length of training (V = 1024, D = 128; 95% intervals, 3 seeds)",
         "tokens.png",
     )
 
