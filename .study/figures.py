@@ -298,7 +298,7 @@ def best_table():
 def draw(found, place, tick, label, title, name):
     """Gain with the wider of its two 95% intervals, a colour a head, the cells of V = 1024 joined by a thin line.
 
-    `place` gives a cell's place on the axis, or None where it is not shown; `tick` a place's name.
+    `place` gives a comparison's place on the axis, or None where it is not shown; `tick` a place's name.
     A cell that shows nothing is named and not drawn. Draws no picture of fewer than two places.
     """
     from matplotlib.figure import Figure
@@ -312,19 +312,22 @@ def draw(found, place, tick, label, title, name):
         "tied+10%": ("tied, 10% more steps: a yardstick", "grey", ":"),
         "untied": ("untied: a matrix of its own, same rank", "C0", "-"),
         "mos2": ("mixture of 2 softmaxes: higher rank", "C1", "-"),
+        "mos4": ("mixture of 4 (diamond: CPU)", "C3", ""),
+        "delta64": ("delta: tied and a difference of rank 64 (CPU)", "C2", ""),
+        "late": ("delta: tied and any difference, from 2/3 on (CPU)", "C4", ""),
     }
     for i, (head, (words, color, line)) in enumerate(styles.items()):
         points = defaultdict(list)
         for c in found:
-            if c.head != head or place(c.cell) is None:
+            if c.head != head or place(c) is None:
                 continue
             vocab, dim, *_ = c.cell
             half = max(c.half, c.paired_half)
             if half < 0.1:
-                points[vocab, dim if vocab != 1024 else 0].append((place(c.cell), c.gain, half))
+                points[vocab, dim if vocab != 1024 else 0].append((place(c), c.gain, half))
             elif head == "untied":
                 remark = f"(V = {vocab}, D = {dim}:\n+- {half:.2f}, nothing shown)"
-                axes.annotate(remark, (place(c.cell), -0.04), fontsize=9, ha="center")
+                axes.annotate(remark, (place(c), -0.04), fontsize=9, ha="center")
         for (vocab, dim), some in points.items():
             x, gain, half = np.transpose(sorted(some))
             places |= set(x)
@@ -332,6 +335,8 @@ def draw(found, place, tick, label, title, name):
             style = dict(linestyle=line, fmt="o", label=words)
             if vocab != 1024:
                 style = dict(linestyle="", fmt="s", mfc="white")
+            if not line:
+                style |= dict(fmt="D", mfc="white")
             axes.errorbar(x, gain, half, color=color, capsize=4, linewidth=1, **style)
             if head == "untied" and vocab != 1024:
                 remark = f"V = {vocab},\nD = {dim}"
@@ -344,7 +349,7 @@ def draw(found, place, tick, label, title, name):
     axes.set_xlim(min(places) / 1.2, max(places) * 1.5)
     axes.set_xticks(sorted(places), [tick(x) for x in sorted(places)])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     if len(places) > 1:
         figure.savefig(HERE / name, dpi=120)
 
@@ -380,12 +385,13 @@ def main():
     insert("answer table", answer_table(), HERE.parent / "README.md")
     update_submission()
 
-    def bottleneck(cell):
-        vocab, dim, steps, where = cell
-        return vocab / dim if (steps, where) == (1500, "GPU") else None
+    def bottleneck(c):
+        vocab, dim, steps, where = c.cell
+        shown = where == "GPU" or c.head in ("mos4", "delta64", "late")
+        return vocab / dim if steps == 1500 and shown else None
 
-    def tokens(cell):
-        vocab, dim, steps, where = cell
+    def tokens(c):
+        vocab, dim, steps, where = c.cell
         here = (vocab, dim, where) == (1024, 128, "GPU")
         return steps * 2048 / 1e6 if here else None
 
@@ -394,7 +400,7 @@ def main():
         bottleneck,
         lambda ratio: f"{ratio:.0f}\nD = {1024 / ratio:.0f}" if ratio < 32 else "32",
         "V / D, tighter to the right; dots: V = 1024, the width D changes, and with it the model's size",
-        "Gain over the tied head by V / D (3.1M tokens; 95% intervals, 3 seeds)",
+        "Gain over the tied head by V / D (3.1M tokens; 95% intervals, 3 seeds; CPU: 4)",
         "law_of_scale.png",
     )
     draw(
