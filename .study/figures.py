@@ -299,7 +299,7 @@ def draw(found, place, tick, label, title, name):
     """Gain with the wider of its two 95% intervals, a colour a head, the cells of V = 1024 joined by a thin line.
 
     `place` gives a comparison's place on the axis, or None where it is not shown; `tick` a place's name.
-    A cell that shows nothing is named and not drawn. Draws no picture of fewer than two places.
+    A cell that shows nothing is named and not drawn; delta, far below the others, is in the table alone. Draws no picture of fewer than two places.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -313,8 +313,6 @@ def draw(found, place, tick, label, title, name):
         "untied": ("untied: a matrix of its own, same rank", "C0", "-"),
         "mos2": ("mixture of 2 softmaxes: higher rank", "C1", "-"),
         "mos4": ("mixture of 4 (diamond: CPU)", "C3", ""),
-        "delta64": ("delta: tied and a difference of rank 64 (CPU)", "C2", ""),
-        "late": ("delta: tied and any difference, from 2/3 on (CPU)", "C4", ""),
     }
     for i, (head, (words, color, line)) in enumerate(styles.items()):
         points = defaultdict(list)
@@ -387,7 +385,7 @@ def main():
 
     def bottleneck(c):
         vocab, dim, steps, where = c.cell
-        shown = where == "GPU" or c.head in ("mos4", "delta64", "late")
+        shown = where == "GPU" or c.head == "mos4"
         return vocab / dim if steps == 1500 and shown else None
 
     def tokens(c):
