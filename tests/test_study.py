@@ -20,6 +20,7 @@ DEFAULTS = dataclasses.asdict(train_gpt.Hyperparameters())
 INTERPRETER = """#!/usr/bin/env bash
 case $1 in
   train_gpt.py)
+    [ "${MODE:-train}" != eval ] || [ -z "${BLIND:-}" ] || exit 2
     [ "${MODE:-train}" != eval ] || { echo loading; echo "{\\"of\\": \\"$ARTIFACT\\"}"; exit; }
     [ "$RUN_ID" != "${FAILING:-}" ] || exit 2
     env > "$RUN_ID.env" ;;
@@ -85,6 +86,9 @@ def test_the_rank_is_measured_on_the_row_s_own_artifact_where_it_is_asked_for(sw
     for row, asked in (("v1024-d64-s1500-tied-3", "0"), ("v1024-d64-s1500-untied-3", "1")):
         pattern = f" {row.split('-')[3]} "
         assert sweep("law", "^1024 64 1500 3" + pattern, SEEDS="3", SPECTRUM=asked) == (0, [row])
+    blind = dict(SEEDS="3", SPECTRUM="1", BLIND="1")
+    code, made = sweep("law", "^1024 64 1500 3 mos2 ", **blind)
+    assert code != 0 and not made  # no row without the figure that was asked for
     first, second = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert first["spectrum"] is None
     assert second["spectrum"] == {"of": f"runs/{second['row']}/final_model.int8.ptz"}
