@@ -169,25 +169,31 @@ def law_table(first=r"(v|cpu)\d+"):
 
 
 def answer_table():
-    """README's: gains on a GPU with the wider interval, a line a cell: by V / D, then by tokens."""
-    gains = defaultdict(dict)
+    """README's: gains with the wider interval, a line a cell: by V / D, then by tokens, a GPU's first."""
+    gains, seeds = defaultdict(dict), {}
     for c in compared(read_cells()):
-        vocab, dim, steps, where = c.cell
-        if where == "GPU":
-            half = max(c.half, c.paired_half)
-            bold = "**" if c.head in HEADS and abs(c.gain) > half else ""
-            gains[steps, vocab, dim][c.head] = f"{bold}{c.gain:+.3f} +- {half:.3f}{bold}"
+        half = max(c.half, c.paired_half)
+        bold = "**" if c.head in HEADS and abs(c.gain) > half else ""
+        gains[c.cell][c.head] = f"{bold}{c.gain:+.3f} +- {half:.3f}{bold}"
+        seeds[c.cell] = c.seeds
 
-    heads = [head for head in (*HEADS, "tied+10%") if any(head in row for row in gains.values())]
-    names = [HEADS.get(head, "tied, 10% more steps") for head in heads]
+    heads = ("untied", "mos2", "tied+10%")
+    names = [HEADS.get(head, "yardstick: tied, 10% more steps") for head in heads]
     lines = [
-        f"| tokens | V | D | V / D | {' | '.join(names)} |",
-        f"|---|---|---|---|{'---|' * len(heads)}",
+        f"| tokens | V | D | V / D | seeds | {' | '.join(names)} |",
+        f"|---|---|---|---|---|{'---|' * len(heads)}",
     ]
-    for steps, vocab, dim in sorted(gains, key=lambda key: (key[0] != 1500, key[1] / key[2], key)):
-        cells = (gains[steps, vocab, dim].get(head, "not run") for head in heads)
+
+    def by_bottleneck_then_tokens(cell):
+        vocab, dim, steps, where = cell
+        return steps != 1500, vocab / dim, vocab, steps, where == "CPU"
+
+    for cell in sorted(gains, key=by_bottleneck_then_tokens):
+        vocab, dim, steps, where = cell
+        cells = " | ".join(gains[cell].get(head, "not run") for head in heads)
+        on = f"{seeds[cell]}, CPU" if where == "CPU" else seeds[cell]
         tokens = f"{steps * 2048 / 1e6:.1f}M"
-        lines.append(f"| {tokens} | {vocab} | {dim} | {vocab / dim:.0f} | {' | '.join(cells)} |")
+        lines.append(f"| {tokens} | {vocab} | {dim} | {vocab / dim:.0f} | {on} | {cells} |")
     return "\n".join(lines)
 
 
@@ -296,10 +302,11 @@ def best_table():
 
 
 def draw(found, place, tick, label, title, name):
-    """Gain with the wider of its two 95% intervals, a colour a head, the cells of V = 1024 joined by a thin line.
+    """Gain with the wider of its two 95% intervals, a colour a head.
 
-    `place` gives a comparison's place on the axis, or None where it is not shown; `tick` a place's name.
-    A cell that shows nothing is named and not drawn; delta, far below the others, is in the table alone. Draws no picture of fewer than two places.
+    `place` gives a comparison's place on the axis, or None where it is not shown; `tick` a place's name. A GPU's cells of V = 1024
+    are dots joined by a line, a CPU's are diamonds beside them, those of another V are squares. A cell that shows nothing is named
+    and not drawn; delta, far below the others, is in the table alone.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -312,32 +319,39 @@ def draw(found, place, tick, label, title, name):
         "tied+10%": ("tied, 10% more steps: a yardstick", "grey", ":"),
         "untied": ("untied: a matrix of its own, same rank", "C0", "-"),
         "mos2": ("mixture of 2 softmaxes: higher rank", "C1", "-"),
-        "mos4": ("mixture of 4 (diamond: CPU)", "C3", ""),
+        "mos4": ("mixture of 4", "C3", "-"),
     }
     for i, (head, (words, color, line)) in enumerate(styles.items()):
         points = defaultdict(list)
         for c in found:
             if c.head != head or place(c) is None:
                 continue
-            vocab, dim, *_ = c.cell
+            vocab, dim, _, where = c.cell
             half = max(c.half, c.paired_half)
             if half < 0.1:
-                points[vocab, dim if vocab != 1024 else 0].append((place(c), c.gain, half))
+                points["s" if vocab != 1024 else "o" if where == "GPU" else "D", vocab].append(
+                    (place(c), c.gain, half)
+                )
             elif head == "untied":
                 remark = f"(V = {vocab}, D = {dim}:\n+- {half:.2f}, nothing shown)"
-                axes.annotate(remark, (place(c), -0.04), fontsize=9, ha="center")
-        for (vocab, dim), some in points.items():
+                axes.annotate(remark, (place(c), 0.032), fontsize=9, ha="center")
+        for (marker, vocab), some in sorted(
+            points.items(), key=lambda item: "oDs".index(item[0][0])
+        ):
             x, gain, half = np.transpose(sorted(some))
             places |= set(x)
             x = x * 1.03 ** (i - 1)  # side by side
-            style = dict(linestyle=line, fmt="o", label=words)
-            if vocab != 1024:
-                style = dict(linestyle="", fmt="s", mfc="white")
-            if not line:
-                style |= dict(fmt="D", mfc="white")
-            axes.errorbar(x, gain, half, color=color, capsize=4, linewidth=1, **style)
-            if head == "untied" and vocab != 1024:
-                remark = f"V = {vocab},\nD = {dim}"
+            style = dict(fmt=marker, color=color, capsize=4, linewidth=1, label=words)
+            words = None
+            if marker == "o":
+                style["linestyle"] = line
+            else:
+                style |= dict(linestyle="", mfc="white")
+            if marker == "D":
+                x = x * 1.18
+            axes.errorbar(x, gain, half, **style)
+            if head == "untied" and marker == "s":
+                remark = f"V = {vocab},\nD = {vocab / x[0] * 1.03 ** (i - 1):.0f}"
                 axes.annotate(remark, (x[0] * 1.08, gain[0]), va="center", fontsize=9)
     axes.axhline(0, color="black", linewidth=1)
     low, high = axes.get_ylim()
@@ -348,8 +362,7 @@ def draw(found, place, tick, label, title, name):
     axes.set_xticks(sorted(places), [tick(x) for x in sorted(places)])
     axes.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-    if len(places) > 1:
-        figure.savefig(HERE / name, dpi=120)
+    figure.savefig(HERE / name, dpi=120)
 
 
 def insert(name, table, path=HERE / "RESULTS.md"):
@@ -384,9 +397,8 @@ def main():
     update_submission()
 
     def bottleneck(c):
-        vocab, dim, steps, where = c.cell
-        shown = where == "GPU" or c.head == "mos4"
-        return vocab / dim if steps == 1500 and shown else None
+        vocab, dim, steps, _ = c.cell
+        return vocab / dim if steps == 1500 else None
 
     def tokens(c):
         vocab, dim, steps, where = c.cell
@@ -398,7 +410,7 @@ def main():
         bottleneck,
         lambda ratio: f"{ratio:.0f}\nD = {1024 / ratio:.0f}" if ratio < 32 else "32",
         "V / D, tighter to the right; dots: V = 1024, the width D changes, and with it the model's size",
-        "Gain over the tied head by V / D (3.1M tokens; 95% intervals, 3 seeds; CPU: 4)",
+        "Gain over the tied head by V / D (3.1M tokens; 95% intervals; diamonds: on a CPU)",
         "law_of_scale.png",
     )
     draw(
@@ -406,7 +418,7 @@ def main():
         tokens,
         lambda millions: f"{millions:.1f}",
         "millions of tokens of training (logarithmic; each length with its own schedule)",
-        "Gain over the tied head by length of training (V = 1024, D = 128; 95% intervals, 3 seeds)",
+        "Gain over the tied head by length of training (V = 1024, D = 128; 95% intervals)",
         "tokens.png",
     )
 
