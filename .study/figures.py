@@ -30,6 +30,7 @@ HEADS = dict(
     delta64="delta, R = 64",
     late="delta from 2/3 on",
 )
+LONGER = {steps + steps // 10: steps for steps in (375, 1500, 3000)}  # tied's runs of a tenth more steps
 
 
 def read_results(first):
@@ -56,8 +57,8 @@ def read_cells(first=r"(v|cpu)\d+"):
     cells = defaultdict(lambda: defaultdict(dict))
     for _, (*_, dim, steps, head, seed), result in read_results(first):
         vocab, steps = result["settings"].get("vocab_size", 1024), int(steps[1:])
-        if head == "tied" and steps % 11 == 0:
-            head, steps = "tied+10%", steps * 10 // 11
+        if head == "tied" and steps in LONGER:
+            head, steps = "tied+10%", LONGER[steps]
         cells[vocab, int(dim[1:]), steps, machine(result)][head][seed] = result
     return dict(sorted(cells.items()))
 
