@@ -30,7 +30,7 @@ HEADS = dict(
     delta64="delta, R = 64",
     late="delta from 2/3 on",
 )
-LONGER = {steps + steps // 10: steps for steps in (375, 1500, 3000)}  # tied's runs of a tenth more steps
+TENTH_MORE = {steps + steps // 10: steps for steps in (375, 1500, 3000)}
 
 
 def read_results(first):
@@ -57,8 +57,8 @@ def read_cells(first=r"(v|cpu)\d+"):
     cells = defaultdict(lambda: defaultdict(dict))
     for _, (*_, dim, steps, head, seed), result in read_results(first):
         vocab, steps = result["settings"].get("vocab_size", 1024), int(steps[1:])
-        if head == "tied" and steps in LONGER:
-            head, steps = "tied+10%", LONGER[steps]
+        if head == "tied" and steps in TENTH_MORE:
+            head, steps = "tied+10%", TENTH_MORE[steps]
         cells[vocab, int(dim[1:]), steps, machine(result)][head][seed] = result
     return dict(sorted(cells.items()))
 
@@ -68,13 +68,31 @@ def values(results, name="val_bpb"):
     return np.array([results[seed][name] for seed in sorted(results)])
 
 
-def half_of_pairs(a, b):
-    """Half of the 95% interval of mean(a) - mean(b), paired by seed."""
-    return student_t.ppf(0.975, len(a) - 1) * np.std(a - b, ddof=1) / math.sqrt(len(a))
+@dataclass
+class Difference:
+    """Of the means of two samples: Welch's p and half of the 95% interval, and its half by pairs of one seed."""
+
+    mean: float
+    p: float
+    welch: float
+    paired: float
+
+    @property
+    def wider(self):
+        return max(self.welch, self.paired)
+
+
+def difference(some, others, name="val_bpb"):
+    """Mean of a figure over the results `some`, less that over `others`, in the seeds that both have."""
+    shared = some.keys() & others.keys()
+    a, b = (values({seed: results[seed] for seed in shared}, name) for results in (some, others))
+    _, p, half = welch(a, b)
+    paired = student_t.ppf(0.975, len(shared) - 1) * np.std(a - b, ddof=1) / math.sqrt(len(shared))
+    return Difference(a.mean() - b.mean(), p, half, paired)
 
 
 def break_even(tied, longer, head):
-    """The ratio, and the ends of its 95% interval, infinite where it has none; samples are taken as independent.
+    """The ratio, and the ends of its 95% interval, infinite where it has none; that runs share seeds is not used.
 
     The ratio 1 + r / 10 is even where (1 - r) tied + r longer = head. The interval holds each r at which the
     difference of the two sides is within its own 95% interval (Welch's degrees of freedom) of zero.
@@ -98,16 +116,12 @@ def break_even(tied, longer, head):
 
 @dataclass
 class Comparison:
-    """A head against tied in one cell: Welch's, and paired by seed, which fixes start and order."""
+    """A head against tied in one cell; gains are tied's bpb less the head's."""
 
     cell: tuple
     head: str
-    gain: float
-    half: float  # of Welch's 95% interval, as all halves are
-    p: float
-    raw: float  # before packing
-    raw_half: float
-    paired_half: float
+    gain: Difference
+    raw: Difference  # before packing
     price: tuple  # break_even, or None
     seeds: int
     devices: str
@@ -115,21 +129,14 @@ class Comparison:
 
 def compare(cell, heads, head):
     """The Comparison of a head with tied; `heads` are the cell's results, by head and seed."""
-    shared = heads["tied"].keys() & heads[head].keys()
-    tied, other = ({seed: heads[name][seed] for seed in shared} for name in ("tied", head))
-    longer = heads.get("tied+10%", {})
-    a, b = values(tied), values(other)
-    raw_a, raw_b = values(tied, "pre_quant_val_bpb"), values(other, "pre_quant_val_bpb")
-    (_, p, half), (_, _, raw_half) = welch(b, a), welch(raw_b, raw_a)
-    paired_half = half_of_pairs(a, b)
+    tied, other, longer = heads["tied"], heads[head], heads.get("tied+10%", {})
+    gain, raw = difference(tied, other), difference(tied, other, "pre_quant_val_bpb")
     price = None
     if len(longer) > 2 and head != "tied+10%":
-        price = break_even(a, values(longer), b)
-    devices = " and ".join(sorted({device(result) for result in [*tied.values(), *other.values()]}))
-    gain, raw = a.mean() - b.mean(), raw_a.mean() - raw_b.mean()
-    return Comparison(
-        cell, head, gain, half, p, raw, raw_half, paired_half, price, len(other), devices
-    )
+        price = break_even(values(tied), values(longer), values(other))
+    used = [*tied.values(), *other.values()]
+    devices = " and ".join(sorted({device(result) for result in used}))
+    return Comparison(cell, head, gain, raw, price, len(tied.keys() & other.keys()), devices)
 
 
 def compared(cells):
@@ -144,7 +151,7 @@ def compared(cells):
 
 def law_table(first=r"(v|cpu)\d+"):
     lines = [
-        "| D | V | tokens | head | gain over tied, bpb, 95% | p | paired by seed | before packing, 95%"
+        "| D | V | tokens | head | gain over tied, bpb, 95% | p | paired by seed | before packing, the wider 95%"
         " | break-even time ratio, 95% | seeds | on |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -162,8 +169,9 @@ def law_table(first=r"(v|cpu)\d+"):
                 ratio = f"{value:.3f} (below {high:.3f})"
         name = HEADS.get(c.head, "tied, 10% more steps")
         lines.append(
-            f"| {dim} | {vocab} | {steps * 2048 / 1e6:.1f}M | {name} | {c.gain:+.4f} +- {c.half:.4f}"
-            f" | {c.p:.2g} | +- {c.paired_half:.4f} | {c.raw:+.4f} +- {c.raw_half:.4f} | {ratio}"
+            f"| {dim} | {vocab} | {steps * 2048 / 1e6:.1f}M | {name}"
+            f" | {c.gain.mean:+.4f} +- {c.gain.welch:.4f} | {c.gain.p:.2g} | +- {c.gain.paired:.4f}"
+            f" | {c.raw.mean:+.4f} +- {c.raw.wider:.4f} | {ratio}"
             f" | {c.seeds} | {c.devices} |"
         )
     return "\n".join(lines)
@@ -173,10 +181,10 @@ def answer_table():
     """README's: gains with the wider interval, a line a cell: by V / D, then by tokens, a GPU's first."""
     gains, seeds = defaultdict(dict), {}
     for c in compared(read_cells()):
-        half = max(c.half, c.paired_half)
-        bold = "**" if c.head in HEADS and abs(c.gain) > half else ""
-        gains[c.cell][c.head] = f"{bold}{c.gain:+.3f} +- {half:.3f}{bold}"
-        seeds[c.cell] = c.seeds
+        half = c.gain.wider
+        bold = "**" if c.head in HEADS and abs(c.gain.mean) > half else ""
+        gains[c.cell][c.head] = f"{bold}{c.gain.mean:+.3f} +- {half:.3f}{bold}"
+        seeds[c.cell] = min(c.seeds, seeds.get(c.cell, c.seeds))
 
     heads = ("untied", "mos2", "tied+10%")
     names = [HEADS.get(head, "yardstick: tied, 10% more steps") for head in heads]
@@ -247,24 +255,23 @@ def rank_table():
 
 def frozen_table():
     """Study A's heads, untrained as they were, and trained: bpb, and how much worse than tied, before packing, too."""
-    samples = defaultdict(list)
-    for _, (*_, name, _), result in read_results("frozen1024"):
-        samples[name].append((result["val_bpb"], result["pre_quant_val_bpb"]))
+    runs = defaultdict(dict)
+    for _, (*_, name, seed), result in read_results("frozen1024"):
+        runs[name][seed] = result
     lines = [
-        "| head | bpb, standard deviation | worse than tied, 95% | before packing | worse than tied, 95% |",
+        "| head | bpb, standard deviation | worse than tied, the wider 95%, Welch's p | before packing | worse than tied, likewise |",
         "|---|---|---|---|---|",
     ]
     names = {"0": ", untrained, as study A's were", "1": ", trained"}
-    for name in (
-        "tied",
-        *(head + how for how in names for head in ("factorized", "mos", "simplex")),
-    ):
+    heads = [head + how for how in names for head in ("factorized", "mos", "simplex")]
+    for name in ("tied", *heads):
         cells = [name.rstrip("01") + names.get(name[-1], "")]
-        for sample, tied in zip(np.transpose(samples[name]), np.transpose(samples["tied"])):
-            cells += [f"{sample.mean():.4f} +- {np.std(sample, ddof=1):.4f}", ""]
+        for figure in ("val_bpb", "pre_quant_val_bpb"):
+            sample, worse = values(runs[name], figure), ""
             if name != "tied":
-                _, p, half = welch(sample, tied)
-                cells[-1] = f"{sample.mean() - tied.mean():+.3f} +- {half:.3f} (p {p:.1g})"
+                d = difference(runs[name], runs["tied"], figure)
+                worse = f"{d.mean:+.3f} +- {d.wider:.3f} (p {d.p:.1g})"
+            cells += [f"{sample.mean():.4f} +- {np.std(sample, ddof=1):.4f}", worse]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -288,26 +295,39 @@ def best_table():
     for (name, steps), runs in bpb.items():
         sample = values(runs)
         against = [
-            other for other in baselines(name) if len(bpb.get((other, steps), ())) == len(runs) > 2
+            other
+            for other in baselines(name)
+            if len(runs) > 2 and bpb.get((other, steps), {}).keys() == runs.keys()
         ]
         start = f"| {name} | {steps} | {sample.mean():.4f} +- {np.std(sample, ddof=1):.4f}"
         for other in against or [None]:
-            difference = " |  | "
+            shown = " |  | "
             if other:
-                base = values(bpb[other, steps])
-                _, p, half = welch(sample, base)
-                shift = f"{sample.mean() - base.mean():+.4f} +- {half:.4f} to {other}"
-                difference = f"{shift} | {p:.2g} | +- {half_of_pairs(sample, base):.4f}"
-            lines.append(f"{start} | {difference} | {len(runs)} |")
+                d = difference(runs, bpb[other, steps])
+                shown = f"{d.mean:+.4f} +- {d.welch:.4f} to {other} | {d.p:.2g} | +- {d.paired:.4f}"
+            lines.append(f"{start} | {shown} | {len(runs)} |")
     return "\n".join(lines)
 
 
-def draw(found, place, tick, label, title, name):
-    """Gain with the wider of its two 95% intervals, a colour a head.
+STYLES = {
+    "tied+10%": ("tied, 10% more steps: a yardstick", "grey", ":"),
+    "untied": ("untied: a matrix of its own, same rank", "C0", "-"),
+    "mos2": ("mixture of 2 softmaxes: higher rank", "C1", "-"),
+    "mos4": ("mixture of 4", "C3", "-"),
+}
 
-    `place` gives a comparison's place on the axis, or None where it is not shown; `tick` a place's name. A GPU's cells of V = 1024
-    are dots joined by a line, a CPU's are diamonds beside them, those of another V are squares. A cell that shows nothing is named
-    and not drawn; delta, far below the others, is in the table alone.
+
+def marker(c):
+    """A dot for a GPU's cell of V = 1024, a diamond for a CPU's, a square for another V."""
+    vocab, _, _, where = c.cell
+    return "s" if vocab != 1024 else "o" if where == "GPU" else "D"
+
+
+def draw(found, place, tick, label, title, name):
+    """Gain with the wider of its two 95% intervals, a colour a head; dots are joined, and beside them stand the diamonds.
+
+    `place` gives a comparison's place on the axis, or None where it has none; `tick` a place's name.
+    Cells whose intervals are as wide as the picture are named and not drawn; delta, far below the others, is in the table alone.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -315,52 +335,41 @@ def draw(found, place, tick, label, title, name):
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot(xlabel=label, ylabel="bits per byte won over the tied head")
     axes.set_title(title, fontsize=11)
-    places = set()
-    styles = {
-        "tied+10%": ("tied, 10% more steps: a yardstick", "grey", ":"),
-        "untied": ("untied: a matrix of its own, same rank", "C0", "-"),
-        "mos2": ("mixture of 2 softmaxes: higher rank", "C1", "-"),
-        "mos4": ("mixture of 4", "C3", "-"),
-    }
-    for i, (head, (words, color, line)) in enumerate(styles.items()):
-        points = defaultdict(list)
-        for c in found:
-            if c.head != head or place(c) is None:
+    placed = [c for c in found if c.head in STYLES and place(c) is not None]
+    shown = [c for c in placed if c.gain.wider < 0.1]
+    for i, (head, (words, color, line)) in enumerate(STYLES.items()):
+        for mark, shift in (("o", 0), ("D", 4), ("s", 0)):
+            points = [
+                (place(c), c.gain.mean, c.gain.wider)
+                for c in shown
+                if (c.head, marker(c)) == (head, mark)
+            ]
+            if not points:
                 continue
-            vocab, dim, _, where = c.cell
-            half = max(c.half, c.paired_half)
-            if half < 0.1:
-                points["s" if vocab != 1024 else "o" if where == "GPU" else "D", vocab].append(
-                    (place(c), c.gain, half)
-                )
-            elif head == "untied":
-                remark = f"(V = {vocab}, D = {dim}:\n+- {half:.2f}, nothing shown)"
-                axes.annotate(remark, (place(c), 0.032), fontsize=9, ha="center")
-        for (marker, vocab), some in sorted(
-            points.items(), key=lambda item: "oDs".index(item[0][0])
-        ):
-            x, gain, half = np.transpose(sorted(some))
-            places |= set(x)
-            x = x * 1.03 ** (i - 1)  # side by side
-            style = dict(fmt=marker, color=color, capsize=4, linewidth=1, label=words)
-            words = None
-            if marker == "o":
-                style["linestyle"] = line
-            else:
-                style |= dict(linestyle="", mfc="white")
-            if marker == "D":
-                x = x * 1.18
-            axes.errorbar(x, gain, half, **style)
-            if head == "untied" and marker == "s":
-                remark = f"V = {vocab},\nD = {vocab / x[0] * 1.03 ** (i - 1):.0f}"
-                axes.annotate(remark, (x[0] * 1.08, gain[0]), va="center", fontsize=9)
+            x, gain, half = np.transpose(sorted(points))
+            style = dict(fmt=mark, color=color, capsize=4, linewidth=1, label=words)
+            words = None  # once in the legend
+            style |= dict(linestyle=line) if mark == "o" else dict(linestyle="", mfc="white")
+            axes.errorbar(x * 1.03 ** (i + shift - 2), gain, half, **style)
+
     axes.axhline(0, color="black", linewidth=1)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, -0.045), max(high, 0.095))  # one scale for both pictures
     axes.annotate("above zero: better than tied", (0.01, 0.95), xycoords="axes fraction")
+    for c in shown:
+        if c.head == "untied" and marker(c) == "s":
+            spot = (place(c) * 1.08, c.gain.mean)
+            axes.annotate(f"V = {c.cell[0]}", spot, va="center", fontsize=9)
+    hidden = sorted({c.cell[:2] for c in placed} - {c.cell[:2] for c in shown})
+    if hidden:
+        cells = "; ".join(f"V = {vocab}, D = {dim}" for vocab, dim in hidden)
+        remark = f"not drawn, intervals above 0.1:\n{cells}"
+        axes.annotate(remark, (0.99, 0.91), xycoords="axes fraction", fontsize=9, ha="right")
+
+    places = sorted({place(c) for c in shown})
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(places) / 1.2, max(places) * 1.5)
-    axes.set_xticks(sorted(places), [tick(x) for x in sorted(places)])
+    axes.set_xlim(places[0] / 1.2, places[-1] * 1.5)
+    axes.set_xticks(places, [tick(x) for x in places])
     axes.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(HERE / name, dpi=120)
@@ -402,15 +411,15 @@ def main():
         return vocab / dim if steps == 1500 else None
 
     def tokens(c):
-        vocab, dim, steps, where = c.cell
-        here = (vocab, dim, where) == (1024, 128, "GPU")
-        return steps * 2048 / 1e6 if here else None
+        vocab, dim, steps, _ = c.cell
+        return steps * 2048 / 1e6 if (vocab, dim) == (1024, 128) else None
 
+    widths = {vocab / dim: dim for vocab, dim, *_ in sorted(read_cells(), reverse=True)}
     draw(
         found,
         bottleneck,
-        lambda ratio: f"{ratio:.0f}\nD = {1024 / ratio:.0f}" if ratio < 32 else "32",
-        "V / D, tighter to the right; dots: V = 1024, the width D changes, and with it the model's size",
+        lambda ratio: f"{ratio:.0f}\nD = {widths[ratio]}",
+        "vocabulary V / width D, tighter to the right (joined: V = 1024; a larger D is a larger model)",
         "Gain over the tied head by V / D (3.1M tokens; 95% intervals; diamonds: on a CPU)",
         "law_of_scale.png",
     )
@@ -418,8 +427,8 @@ def main():
         found,
         tokens,
         lambda millions: f"{millions:.1f}",
-        "millions of tokens of training (logarithmic; each length with its own schedule)",
-        "Gain over the tied head by length of training (V = 1024, D = 128; 95% intervals)",
+        "millions of training tokens, logarithmic (each a run of its own)",
+        "Gain over the tied head by length of training (V = 1024, D = 128; 95% intervals; diamonds: CPU)",
         "tokens.png",
     )
 
