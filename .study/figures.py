@@ -428,7 +428,7 @@ def main():
         tokens,
         lambda millions: f"{millions:.1f}",
         "millions of training tokens, logarithmic (each a run of its own)",
-        "Gain over the tied head by length of training (V = 1024, D = 128; 95% intervals; diamonds: CPU)",
+        "Gain over the tied head by training (V = 1024, D = 128; 95% intervals; diamonds: CPU)",
         "tokens.png",
     )
 
