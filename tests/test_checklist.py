@@ -142,11 +142,15 @@ def test_a_comparison_is_welch_s_and_scipy_s_paired_one(figures):
     c = figures.compare((1024, 64, 1500, "CPU"), heads, "untied")
     tied, untied = ([run["val_bpb"] for run in heads[head].values()] for head in ("tied", "untied"))
     assert c.gain.mean == pytest.approx(np.mean(tied) - np.mean(untied))
-    assert c.gain.p == pytest.approx(stats.ttest_ind(untied, tied, equal_var=False).pvalue, abs=1e-4)
+    assert c.gain.p == pytest.approx(
+        stats.ttest_ind(untied, tied, equal_var=False).pvalue, abs=1e-4
+    )
     interval = stats.ttest_rel(tied, untied).confidence_interval(0.95)
     assert c.gain.paired == pytest.approx((interval.high - interval.low) / 2, rel=1e-3)
     assert c.gain.paired < 0.3 * c.gain.welch and (c.seeds, c.devices) == (3, "CPU")
     assert c.gain.wider == c.gain.welch
+    one_more = {**heads["untied"], "d": dict(heads["untied"]["a"], val_bpb=9.0)}
+    assert figures.difference(heads["tied"], one_more) == c.gain  # in the seeds of both
 
 
 def test_fieller_s_interval_holds_the_ratios_that_welch_like_tests_do_not_reject(figures):
