@@ -165,6 +165,8 @@ def law_table(first=r"(v|cpu)\d+"):
                 ratio = f"{value:.3f} (no bounds)"
             elif math.isinf(high):
                 ratio = f"{value:.3f} (above {low:.3f})"
+            elif high < 0:
+                ratio = "none"
             elif low < 0:
                 ratio = f"{value:.3f} (below {high:.3f})"
         name = HEADS.get(c.head, "tied, 10% more steps")
