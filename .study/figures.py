@@ -322,7 +322,9 @@ STYLES = {
 def marker(c):
     """A dot for a GPU's cell of V = 1024, a diamond for a CPU's, a square for another V."""
     vocab, _, _, where = c.cell
-    return "s" if vocab != 1024 else "o" if where == "GPU" else "D"
+    if vocab != 1024:
+        return "s"
+    return "o" if where == "GPU" else "D"
 
 
 def draw(found, place, tick, label, title, name):
