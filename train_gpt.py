@@ -112,7 +112,7 @@ class Hyperparameters:
     mode: str = free_setting("train", "what to do", "train, eval, table, bench")
     preset: str = setting("study", "defaults: study A's, study B's, the strongest published, a CPU's", "study, pilot, best, demo")
     run_id: str = free_setting("", "folder under runs/; empty: time, head and seed")
-    seed: int = setting(1337, "seed of the initial weights")
+    seed: int = setting(1337, "seed of the initial weights and of SHUFFLE's order")
     author: str = free_setting("", "author named in submission.json")
     github_id: str = free_setting("", "GitHub account named in submission.json")
     allow_near_misses: bool = free_setting(False, "accept variables that look like misspelt settings")
@@ -171,7 +171,7 @@ class Hyperparameters:
     micro_batch_tokens: int = setting(0, "tokens of a forward pass on a rank; 0: 131072 on CUDA, else 4096")
     iterations: int = setting(20000, "steps at most; 0: export and score the untrained model")
     max_wallclock_seconds: float = setting(600.0, "cap on training time, seconds; 0: none")
-    warmup_steps: int = setting(20, "steps that prime the compiled code, then are undone; outside the cap")
+    warmup_steps: int = setting(20, "steps that prime the compiled code (2: both graphs of LOOP_LAYERS), then are undone; outside the cap")
     warmdown_iters: int = setting(3500, "steps of linear warm-down at the end")
     warmdown_frac: float = setting(0.8, "the warm-down's longest share of the run", "0 to 1")
     val_loss_every: int = setting(0, "steps between validations; 0: at the end only")
@@ -390,10 +390,10 @@ def from_env(environ, stored):
 
 def layer_list(s, name, remedy):
     """The layers that a setting names, ascending; UserError where one is none of the model's."""
-    texts = set(getattr(s, name.lower()).split(","))
+    texts = getattr(s, name.lower()).split(",")
     layers = [layer for layer in range(s.num_layers) if str(layer) in texts]
     if len(layers) < len(texts):
-        raise s.wrong(name, f"be layers in 0..{s.num_layers - 1} between commas; or {remedy}")
+        raise s.wrong(name, f"be distinct layers 0..{s.num_layers - 1} between commas; or {remedy}")
     return layers
 
 
@@ -426,10 +426,10 @@ def check(s):
     rotated = s.rope_dims or width
     fits = rotated % 2 == 0 and 4 <= rotated <= width
     need(fits, "ROPE_DIMS", f"be even, at least 4 and at most {width} (0: the head's {width})")
-    middle = f"be at least {s.num_layers // 2}, where skips come back"
-    need(s.parallel_from >= s.num_layers // 2, "PARALLEL_FROM", middle)
     value_layers(s)
-    layer_order(s)
+    order = layer_order(s)
+    least = len(set(order[: len(order) // 2]))  # the first half stores skips
+    need(s.parallel_from >= least, "PARALLEL_FROM", f"be at least {least}, where skips come back")
 
     # codecs, paths
     codec = s.compress_algo == "zlib" or zstandard
@@ -1678,8 +1678,7 @@ def build_optimizers(model, s, world):
             continue
         role = ROLES[roles[name]]
         rate, decay = getattr(s, role.learning_rate), getattr(s, role.weight_decay)
-        start = getattr(s, role.start, 0.0)
-        facts = dict(lr=rate, base_lr=rate, weight_decay=decay, start=start)
+        facts = dict(lr=rate, base_lr=rate, weight_decay=decay, start=getattr(s, role.start, 0.0))
         groups = dict(adam=adam, muon=muon)[role.optimizer]
         group = groups.setdefault((role, p.shape), dict(params=[], **facts))
         group["params"].append(p)
@@ -2017,8 +2016,7 @@ def decode_payload(s, payload):
         model = GPT(s)
     roles, count = model.parameter_roles(), count_values(model.parameters())
     # Huffman's code takes a bit a weight or more; zstd less in a table that training never touched
-    most = 32 * len(payload) + 2**26
-    expect(count <= most, f"{len(payload)} bytes cannot hold {count} weights")
+    expect(count <= 32 * len(payload) + 2**26, f"{len(payload)} bytes cannot hold {count} weights")
 
     sizes = []
     for name, p in model.named_parameters():
@@ -2068,8 +2066,7 @@ def open_artifact(origin, blob):
 def artifact_weights(artifact):
     """The weights of an artifact by name, float32; UserError for damage."""
     with blaming(artifact.origin, NO_ARTIFACT):
-        s = check_head(Hyperparameters(**artifact.stored))
-        return decode_payload(s, artifact.payload)
+        return decode_payload(check_head(Hyperparameters(**artifact.stored)), artifact.payload)
 
 
 def count_values(tensors):
@@ -2483,8 +2480,7 @@ def train(trainer, shards, validation, log):
             await_loss(*sent.pop(0))
         if s.train_log_every and (step < 10 or (step + 1) % s.train_log_every == 0):
             loss = await_loss(*sent.pop())
-            text = f"train_loss:{loss:.4f}"
-            trainer.record(log, "train", text, train_loss=loss, lr_scale=scale)
+            trainer.record(log, "train", f"train_loss:{loss:.4f}", train_loss=loss, lr_scale=scale)
 
     if step < s.iterations:
         spent = f"train_time:{1000 * clock.seconds():.0f}ms step:{step}/{s.iterations}"

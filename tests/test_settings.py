@@ -387,6 +387,10 @@ def test_settings_that_do_not_fit_together_are_refused():
         TIED_EMBED_INIT_STD=0 -> TIED_EMBED_INIT_STD=0: must be at least
         LOOP_LAYERS=10,11 -> LOOP_LAYERS=10,11: ... 0..10
         LOOP_LAYERS=4, -> LOOP_LAYERS=4,: ... commas
+        LOOP_LAYERS=4,4 -> LOOP_LAYERS=4,4: ... distinct
+        VE_LAYERS=9,09 -> VE_LAYERS=9,09: ... distinct
+        PARALLEL_FROM=4 -> PARALLEL_FROM=4: must be at least 5
+        LOOP_LAYERS=4,5 PARALLEL_FROM=5 -> PARALLEL_FROM=5: must be at least 6
         DATA_PATH=demo TOKENIZER_PATH=x -> TOKENIZER_PATH=x: ... DATA_PATH=demo
         HEAD_K=4 -> HEAD_K=4: ... HEAD_TYPE=tied ... mos
         HEAD_RANK=64 -> HEAD_RANK=64: ... factorized, mos
@@ -415,6 +419,8 @@ def test_settings_at_the_edge_of_fitting_are_accepted():
         VE_LAYERS=0,10 -> VE_LAYERS=0,10
         NUM_LAYERS=1 VALUE_EMBED=0 XSA_LAST_N=1 -> NUM_LAYERS=1 VALUE_EMBED=0
         XSA_LAST_N=11 LOOP_LAYERS=10,9 -> XSA_LAST_N=11 LOOP_LAYERS=10,9
+        PARALLEL_FROM=5 -> PARALLEL_FROM=5
+        LOOP_LAYERS=4,5 PARALLEL_FROM=6 -> LOOP_LAYERS=4,5 PARALLEL_FROM=6
         NUM_KV_HEADS=8 -> NUM_KV_HEADS=8
         NUM_KV_HEADS=1 -> NUM_KV_HEADS=1
         TRAIN_BATCH_TOKENS=2048 MICRO_BATCH_TOKENS=2048 -> TRAIN_BATCH_TOKENS=2048
