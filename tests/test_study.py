@@ -11,7 +11,7 @@ from conftest import ROOT, from_env
 
 import train_gpt
 
-PARTS = ("law", "cpu", "file_order", "rate", "frozen", "best")
+PARTS = ("law", "long", "cpu", "file_order", "rate", "frozen", "best")
 LINES = (ROOT / ".study/results.jsonl").read_text().splitlines()
 RESULTS = {result["row"]: result for result in map(json.loads, LINES)}
 DEFAULTS = dataclasses.asdict(train_gpt.Hyperparameters())
