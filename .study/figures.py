@@ -2,7 +2,7 @@
 
 It writes law_of_scale.png and tokens.png, the tables of RESULTS.md between their markers, and submission.json's list `study`.
 
-A cell is a vocabulary, a width, a number of steps and a kind of machine. In it a head's gain is the mean bpb of tied less the head's,
+A cell is a vocabulary, a width, a number of training tokens, a kind of machine and a rate of the embedding. In it a head's gain is the mean bpb of tied less the head's,
 at equal bytes and equal steps. Its price is the break-even ratio: how many times longer its step may take before tied, with
 the steps of the time saved, is as good; by the line through tied at the cell's steps and at a tenth more, with an interval
 as Fieller's (1954) for a ratio of two means, but with Welch's degrees of freedom.
@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -30,6 +31,8 @@ HEADS = dict(
     delta64="delta, R = 64",
     late="delta from 2/3 on",
 )
+NAMES = {"tied": "tied", "tied+10%": "tied, 10% more steps", **HEADS}
+COMMON = 1500 * 2048  # tokens, of most cells
 TENTH_MORE = {steps + steps // 10: steps for steps in (375, 1500, 3000)}
 
 
@@ -52,15 +55,43 @@ def device(result):
     return named[0] if named else "CPU"
 
 
-def read_cells(first=r"(v|cpu)\d+"):
-    """By (vocabulary, width, steps, machine): by head, its results by seed; also for `tied+10%`."""
+class Cell(NamedTuple):
+    vocab: int
+    dim: int
+    tokens: int
+    machine: str
+    rate: float = 0.0175  # TIED_EMBED_LR
+
+    @property
+    def millions(self):
+        return f"{self.tokens / 1e6:.1f}M"
+
+    @property
+    def bottleneck(self):
+        return self.vocab / self.dim
+
+
+def read_cells(first=r"(v|cpu|long)\d+"):
+    """By Cell: by head, its results by seed; also for `tied+10%`."""
     cells = defaultdict(lambda: defaultdict(dict))
-    for _, (*_, dim, steps, head, seed), result in read_results(first):
-        vocab, steps = result["settings"].get("vocab_size", 1024), int(steps[1:])
+    for _, (*_, dim, length, name, seed), result in read_results(first):
+        steps, _, times = length[1:].partition("x")  # of 2,048 tokens, or so many times that
+        head, _, rate = name.partition("_")
+        steps = int(steps)
         if head == "tied" and steps in TENTH_MORE:
             head, steps = "tied+10%", TENTH_MORE[steps]
-        cells[vocab, int(dim[1:]), steps, machine(result)][head][seed] = result
+        vocab, tokens = result["settings"].get("vocab_size", 1024), steps * 2048 * int(times or 1)
+        cell = Cell(vocab, int(dim[1:]), tokens, machine(result), float(rate or 0.0175))
+        cells[cell][head][seed] = result
     return dict(sorted(cells.items()))
+
+
+def at_the_best_rate(found):
+    """Of the Comparisons of cells that differ in the rate alone, those of the rate that is best for tied."""
+    best = {}
+    for c in found:
+        best[c.cell[:4]] = min(best.get(c.cell[:4], (math.inf,)), (c.tied, c.cell.rate))
+    return [c for c in found if best[c.cell[:4]][1] == c.cell.rate]
 
 
 def values(results, name="val_bpb"):
@@ -118,8 +149,9 @@ def break_even(tied, longer, head):
 class Comparison:
     """A head against tied in one cell; gains are tied's bpb less the head's."""
 
-    cell: tuple
+    cell: Cell
     head: str
+    tied: float  # its mean bpb
     gain: Difference
     raw: Difference  # before packing
     price: tuple  # break_even, or None
@@ -136,7 +168,8 @@ def compare(cell, heads, head):
         price = break_even(values(tied), values(longer), values(other))
     used = [*tied.values(), *other.values()]
     devices = " and ".join(sorted({device(result) for result in used}))
-    return Comparison(cell, head, gain, raw, price, len(tied.keys() & other.keys()), devices)
+    seeds = tied.keys() & other.keys()
+    return Comparison(cell, head, values(tied).mean(), gain, raw, price, len(seeds), devices)
 
 
 def compared(cells):
@@ -149,14 +182,13 @@ def compared(cells):
     return found
 
 
-def law_table(first=r"(v|cpu)\d+"):
+def law_table(first=r"(v|cpu|long)\d+"):
     lines = [
-        "| D | V | tokens | head | gain over tied, bpb, 95% | p | paired by seed | before packing, the wider 95%"
+        "| D | V | tokens | head | rate | gain over tied, bpb, 95% | p | paired by seed | before packing, the wider 95%"
         " | break-even time ratio, 95% | seeds | on |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for c in compared(read_cells(first)):
-        vocab, dim, steps, _ = c.cell
         ratio = ""
         if c.price is not None:
             value, low, high = c.price
@@ -169,9 +201,8 @@ def law_table(first=r"(v|cpu)\d+"):
                 ratio = "none"
             elif low < 0:
                 ratio = f"{value:.3f} (below {high:.3f})"
-        name = HEADS.get(c.head, "tied, 10% more steps")
         lines.append(
-            f"| {dim} | {vocab} | {steps * 2048 / 1e6:.1f}M | {name}"
+            f"| {c.cell.dim} | {c.cell.vocab} | {c.cell.millions} | {NAMES[c.head]} | {c.cell.rate:.3g}"
             f" | {c.gain.mean:+.4f} +- {c.gain.welch:.4f} | {c.gain.p:.2g} | +- {c.gain.paired:.4f}"
             f" | {c.raw.mean:+.4f} +- {c.raw.wider:.4f} | {ratio}"
             f" | {c.seeds} | {c.devices} |"
@@ -180,13 +211,14 @@ def law_table(first=r"(v|cpu)\d+"):
 
 
 def answer_table():
-    """README's: gains with the wider interval, a line a cell: by V / D, then by tokens, a GPU's first."""
+    """README's, of the cells on GPUs: gains with the wider interval, a line a cell, by V / D, then by training."""
     gains, seeds = defaultdict(dict), {}
-    for c in compared(read_cells()):
-        half = c.gain.wider
-        bold = "**" if c.head in HEADS and abs(c.gain.mean) > half else ""
-        gains[c.cell][c.head] = f"{bold}{c.gain.mean:+.3f} +- {half:.3f}{bold}"
-        seeds[c.cell] = min(c.seeds, seeds.get(c.cell, c.seeds))
+    for c in at_the_best_rate(compared(read_cells())):
+        if c.cell.machine == "GPU":
+            half = c.gain.wider
+            bold = "**" if c.head in HEADS and abs(c.gain.mean) > half else ""
+            gains[c.cell][c.head] = f"{bold}{c.gain.mean:+.3f} +- {half:.3f}{bold}"
+            seeds[c.cell] = min(c.seeds, seeds.get(c.cell, c.seeds))
 
     heads = ("untied", "mos2", "tied+10%")
     names = [HEADS.get(head, "yardstick: tied, 10% more steps") for head in heads]
@@ -195,34 +227,37 @@ def answer_table():
         f"|---|---|---|---|---|{'---|' * len(heads)}",
     ]
 
-    def by_bottleneck_then_tokens(cell):
-        vocab, dim, steps, where = cell
-        return steps != 1500, vocab / dim, vocab, steps, where == "CPU"
+    def by_bottleneck_then_training(cell):
+        width_of_others = cell.dim if cell.tokens != COMMON else 0
+        return width_of_others, cell.bottleneck, cell.vocab, cell.tokens
 
-    for cell in sorted(gains, key=by_bottleneck_then_tokens):
-        vocab, dim, steps, where = cell
+    for cell in sorted(gains, key=by_bottleneck_then_training):
         cells = " | ".join(gains[cell].get(head, "not run") for head in heads)
-        on = f"{seeds[cell]}, CPU" if where == "CPU" else seeds[cell]
-        tokens = f"{steps * 2048 / 1e6:.1f}M"
-        lines.append(f"| {tokens} | {vocab} | {dim} | {vocab / dim:.0f} | {on} | {cells} |")
+        place = f"{cell.millions} | {cell.vocab} | {cell.dim} | {cell.bottleneck:.0f}"
+        lines.append(f"| {place} | {seeds[cell]} | {cells} |")
     return "\n".join(lines)
 
 
 def rate_table():
-    """Mean bpb by head, width and the embedding's learning rate."""
-    bpb = defaultdict(list)
-    for _, (dim, _, name, _), result in read_results("rate1024"):
-        head, rate = name.split("_")
-        bpb[int(dim[1:]), head, rate].append((result["val_bpb"], result["pre_quant_val_bpb"]))
+    """Mean bpb by the embedding's learning rate, where a head has rows of more than one on one kind of machine."""
+    found = defaultdict(dict)
+    for cell, heads in read_cells(r"(v|cpu|rate)\d+").items():
+        for head, results in heads.items():
+            if cell.tokens == COMMON:
+                found[cell.vocab, cell.dim, cell.machine, head][cell.rate] = results
     lines = [
-        "| D | head | `TIED_EMBED_LR` | bpb, standard deviation | before packing | seeds |",
-        "|---|---|---|---|---|---|",
+        "| V | D | on | head | `TIED_EMBED_LR` | bpb, standard deviation | before packing | seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for (dim, head, rate), pairs in sorted(bpb.items()):
-        after, before = np.transpose(pairs)
-        spread = f" +- {np.std(after, ddof=1):.4f}" if len(after) > 1 else ""
-        figures = f"{np.mean(after):.4f}{spread} | {np.mean(before):.4f} | {len(after)} |"
-        lines.append(f"| {dim} | {head} | {rate} | {figures}")
+    for (vocab, dim, where, head), by_rate in sorted(found.items()):
+        for rate, results in sorted(by_rate.items()):
+            if len(by_rate) > 1:
+                after, before = values(results), values(results, "pre_quant_val_bpb")
+                spread = f" +- {np.std(after, ddof=1):.4f}" if len(after) > 1 else ""
+                seeds = ", ".join(sorted(results, key=int))
+                start = f"| {vocab} | {dim} | {where} | {NAMES[head]} | {rate:.3g}"
+                figures = f"{after.mean():.4f}{spread} | {before.mean():.4f} | {seeds} |"
+                lines.append(f"{start} | {figures}")
     return "\n".join(lines)
 
 
@@ -251,7 +286,7 @@ def rank_table():
             beyond = span(f"{one['energy_beyond_model_dim']:.1e}" for one in found)
             cells.append(f"{ranks}; {beyond}" if found else "not run")
         if set(cells) != {"not run"}:
-            lines.append(f"| {HEADS.get(head, head)} | {' | '.join(cells)} |")
+            lines.append(f"| {NAMES[head]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -321,28 +356,21 @@ STYLES = {
 
 def marker(c):
     """A dot for a GPU's cell of V = 1024, a diamond for a CPU's, a square for another V."""
-    vocab, _, _, where = c.cell
-    if vocab != 1024:
+    if c.cell.vocab != 1024:
         return "s"
-    return "o" if where == "GPU" else "D"
+    return "o" if c.cell.machine == "GPU" else "D"
 
 
-def draw(found, place, tick, label, title, name):
-    """Gain with the wider of its two 95% intervals, a colour a head; dots are joined, and beside them stand the diamonds.
+def draw(axes, found, place, tick):
+    """Gain with the wider of its two 95% intervals, a colour a head; dots are joined, beside them stand diamonds and squares.
 
-    `place` gives a comparison's place on the axis, or None where it has none; `tick` a place's name.
-    Cells whose intervals are as wide as the picture are named and not drawn; delta, far below the others, is in the table alone.
+    `place` gives a comparison's place on the axis, `tick` a place's name. Delta, far below the others, is in the table alone.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.add_subplot(xlabel=label, ylabel="bits per byte won over the tied head")
-    axes.set_title(title, fontsize=11)
-    placed = [c for c in found if c.head in STYLES and place(c) is not None]
-    shown = [c for c in placed if c.gain.wider < 0.1]
+    shown = [c for c in found if c.head in STYLES]
     for i, (head, (words, color, line)) in enumerate(STYLES.items()):
-        for mark, shift in (("o", 0), ("D", 4), ("s", 0)):
+        for mark, shift in (("o", 0), ("D", 4), ("s", -5)):
             points = [
                 (place(c), c.gain.mean, c.gain.wider)
                 for c in shown
@@ -359,24 +387,74 @@ def draw(found, place, tick, label, title, name):
     axes.axhline(0, color="black", linewidth=1)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, -0.045), max(high, 0.095))  # one scale for both pictures
-    axes.annotate("above zero: better than tied", (0.01, 0.95), xycoords="axes fraction")
+    tops = defaultdict(lambda: -math.inf)
     for c in shown:
-        if c.head == "untied" and marker(c) == "s":
-            spot = (place(c) * 1.08, c.gain.mean)
-            axes.annotate(f"V = {c.cell[0]}", spot, va="center", fontsize=9)
-    hidden = sorted({c.cell[:2] for c in placed} - {c.cell[:2] for c in shown})
-    if hidden:
-        cells = "; ".join(f"V = {vocab}, D = {dim}" for vocab, dim in hidden)
-        remark = f"not drawn, intervals above 0.1:\n{cells}"
-        axes.annotate(remark, (0.99, 0.91), xycoords="axes fraction", fontsize=9, ha="right")
-
+        if marker(c) == "s":
+            spot = place(c) * 0.83, f"V = {c.cell.vocab}\nD = {c.cell.dim}"
+            tops[spot] = max(tops[spot], c.gain.mean + c.gain.wider + 0.002)
+    for (x, words), top in tops.items():
+        axes.annotate(words, (x, top), ha="center", fontsize=9)
     places = sorted({place(c) for c in shown})
     axes.set_xscale("log", base=2)
-    axes.set_xlim(places[0] / 1.2, places[-1] * 1.5)
+    axes.set_xlim(places[0] / 1.3, places[-1] * 1.5)
     axes.set_xticks(places, [tick(x) for x in places])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+
+
+def new_figure(title, label, panels=1):
+    """A figure and its panels, beside each other, on one scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for one in axes:
+        one.set_xlabel(label)
+    axes[0].set_ylabel("bits per byte won over the tied head")
+    axes[0].annotate("above zero: better than tied", (0.01, 0.95), xycoords="axes fraction")
+    return figure, axes
+
+
+def save(figure, axes, name):
+    """With a legend below of what any of the panels shows."""
+    shown = {}
+    for one in axes:
+        handles, labels = one.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=2, fontsize=9)
     figure.savefig(HERE / name, dpi=120)
+
+
+def draw_bottleneck(found):
+    """law_of_scale.png: gain against V / D."""
+    cells = [c for c in found if c.cell.tokens == COMMON]
+    widths = {c.cell.bottleneck: c.cell.dim for c in sorted(cells, key=lambda c: -c.cell.dim)}
+    figure, (axes,) = new_figure(
+        "Gain over the tied head by V / D (3.1M tokens; 95% intervals; diamonds: on a CPU)",
+        "vocabulary V / width D, tighter to the right (joined: V = 1024; a larger D is a larger model)",
+    )
+    draw(
+        axes,
+        cells,
+        lambda c: c.cell.bottleneck,
+        lambda ratio: f"{ratio:.0f}\nD = {widths[ratio]}",
+    )
+    save(figure, [axes], "law_of_scale.png")
+
+
+def draw_training(found):
+    """tokens.png: gain against training tokens at two widths."""
+    widths = (128, 512)
+    figure, panels = new_figure(
+        "Gain over the tied head by training (V = 1024; 95% intervals; diamonds: on a CPU)",
+        "millions of tokens (12 and 49: larger batches)",
+        len(widths),
+    )
+    for axes, dim in zip(panels, widths):
+        axes.set_title(f"D = {dim}", fontsize=10)
+        cells = [c for c in found if c.cell[:2] == (1024, dim)]
+        draw(axes, cells, lambda c: c.cell.tokens / 1e6, lambda millions: f"{millions:.1f}")
+    save(figure, panels, "tokens.png")
 
 
 def insert(name, table, path=HERE / "RESULTS.md"):
@@ -400,7 +478,7 @@ def update_submission():
 
 
 def main():
-    found = compared(read_cells())
+    found = at_the_best_rate(compared(read_cells()))
     insert("law", law_table())
     insert("file order", law_table("file_order"))
     insert("rate", rate_table())
@@ -409,32 +487,8 @@ def main():
     insert("best", best_table())
     insert("answer table", answer_table(), HERE.parent / "README.md")
     update_submission()
-
-    def bottleneck(c):
-        vocab, dim, steps, _ = c.cell
-        return vocab / dim if steps == 1500 else None
-
-    def tokens(c):
-        vocab, dim, steps, _ = c.cell
-        return steps * 2048 / 1e6 if (vocab, dim) == (1024, 128) else None
-
-    widths = {vocab / dim: dim for vocab, dim, *_ in sorted(read_cells(), reverse=True)}
-    draw(
-        found,
-        bottleneck,
-        lambda ratio: f"{ratio:.0f}\nD = {widths[ratio]}",
-        "vocabulary V / width D, tighter to the right (joined: V = 1024; a larger D is a larger model)",
-        "Gain over the tied head by V / D (3.1M tokens; 95% intervals; diamonds: on a CPU)",
-        "law_of_scale.png",
-    )
-    draw(
-        found,
-        tokens,
-        lambda millions: f"{millions:.1f}",
-        "millions of training tokens, logarithmic (each a run of its own)",
-        "Gain over the tied head by training (V = 1024, D = 128; 95% intervals; diamonds: CPU)",
-        "tokens.png",
-    )
+    draw_bottleneck(found)
+    draw_training(found)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_what_the_law_compares_has_three_seeds_one_source_one_cap_and_one_precis
     facts = defaultdict(set)
     for result in RESULTS:
         row, settings = result["row"], result["settings"]
-        if row.startswith(("v", "cpu")):
+        if row.startswith(("v", "cpu", "long")):
             facts["source"].add(result["source_sha256"])
             facts[row.split("-s")[0], "cap"].add(settings["size_limit_bytes"])
             facts[row.rsplit("-", 1)[0], "hardware"].add(result["hardware"])  # of a head's seeds
@@ -126,6 +126,36 @@ def test_what_the_law_compares_has_three_seeds_one_source_one_cap_and_one_precis
             )
             assert result["bytes_total"] <= settings["size_limit_bytes"]
     assert all(len(values) == 1 for values in facts.values()), facts
+
+
+def test_a_cell_s_tokens_and_rate_are_those_of_its_rows_own_settings(figures):
+    lengths = set()
+    for cell, heads in figures.read_cells().items():
+        for head, results in heads.items():
+            for result in results.values():
+                s = result["settings"]
+                steps = s["iterations"]
+                if head == "tied+10%":
+                    steps -= round(steps / 11)
+                assert steps * s["train_batch_tokens"] == cell.tokens, result["row"]
+                assert (s["tied_embed_lr"], s.get("model_dim", 512)) == (cell.rate, cell.dim)
+                lengths.add((s["iterations"], s["train_batch_tokens"]))
+    assert len(lengths) >= 8
+
+
+def test_where_cells_differ_in_the_rate_alone_the_one_best_for_tied_is_kept(figures):
+    found = []
+    for tokens, rate, tied in ((1, 0.01, 2.0), (1, 0.02, 1.9), (2, 0.01, 1.7), (1, 0.04, 1.95)):
+        for head in ("untied", "mos2"):
+            cell = figures.Cell(1024, 64, tokens, "GPU", rate)
+            found.append(figures.Comparison(cell, head, tied, None, None, None, 3, "H100"))
+    kept = figures.at_the_best_rate(found)
+    assert [(c.cell.tokens, c.cell.rate, c.head) for c in kept] == [
+        (1, 0.02, "untied"),
+        (1, 0.02, "mos2"),
+        (2, 0.01, "untied"),
+        (2, 0.01, "mos2"),
+    ]
 
 
 def test_a_comparison_is_welch_s_and_scipy_s_paired_one(figures):
@@ -139,7 +169,7 @@ def test_a_comparison_is_welch_s_and_scipy_s_paired_one(figures):
             seed: dict(val_bpb=bpb, pre_quant_val_bpb=bpb - 0.001, hardware="CPU")
             for seed, bpb in zip("abc", sample)
         }
-    c = figures.compare((1024, 64, 1500, "CPU"), heads, "untied")
+    c = figures.compare(figures.Cell(1024, 64, 1500, "CPU"), heads, "untied")
     tied, untied = ([run["val_bpb"] for run in heads[head].values()] for head in ("tied", "untied"))
     assert c.gain.mean == pytest.approx(np.mean(tied) - np.mean(untied))
     assert c.gain.p == pytest.approx(
