@@ -1,11 +1,13 @@
 """The study's tables and pictures from results.jsonl: `python .study/figures.py` (needs matplotlib and scipy).
 
-It writes law_of_scale.png and tokens.png, the tables of RESULTS.md between their markers, and submission.json's list `study`.
+It writes law_of_scale.png and tokens.png, the tables of RESULTS.md and README's between their markers, and submission.json's
+list `study`.
 
-A cell is a vocabulary, a width, a number of training tokens, a kind of machine and a rate of the embedding. In it a head's gain is the mean bpb of tied less the head's,
-at equal bytes and equal steps. Its price is the break-even ratio: how many times longer its step may take before tied, with
-the steps of the time saved, is as good; by the line through tied at the cell's steps and at a tenth more, with an interval
-as Fieller's (1954) for a ratio of two means, but with Welch's degrees of freedom.
+A cell is a vocabulary, a width, a number of steps of so many tokens, a kind of machine and a rate of the embedding. In it a
+head's gain is the mean bpb of tied less the head's, at equal bytes and equal steps. Its price is the break-even ratio: how many
+times longer its step may take before tied, with the steps of the time saved, is as good; by the line through tied at the
+cell's steps and at a tenth more, with an interval as Fieller's (1954) for a ratio of two means, but with Welch's degrees of
+freedom.
 """
 
 import json
@@ -32,12 +34,12 @@ HEADS = dict(
     late="delta from 2/3 on",
 )
 NAMES = {"tied": "tied", "tied+10%": "tied, 10% more steps", **HEADS}
-COMMON = 1500 * 2048  # tokens, of most cells
+RATE = 0.0175  # TIED_EMBED_LR where a row's name has no other
 TENTH_MORE = {steps + steps // 10: steps for steps in (375, 1500, 3000)}
 
 
 def read_results(first):
-    """The results whose row begins with `first`, each with the other parts of its row's name."""
+    """The results whose row's name has a first part like `first`, each with the other parts."""
     for line in (HERE / "results.jsonl").read_text().splitlines():
         result = json.loads(line)
         start, *rest = result["row"].split("-")
@@ -52,23 +54,30 @@ def machine(result):
 def device(result):
     """The kind of processor, in a word."""
     named = re.search("H100|H200", result["hardware"])
-    return named[0] if named else "CPU"
+    return named[0] if named else machine(result)
 
 
 class Cell(NamedTuple):
     vocab: int
     dim: int
-    tokens: int
+    steps: int
+    batch: int  # tokens of a step
     machine: str
-    rate: float = 0.0175  # TIED_EMBED_LR
+    rate: float = RATE
 
     @property
     def millions(self):
-        return f"{self.tokens / 1e6:.1f}M"
+        """Of training tokens."""
+        return self.steps * self.batch / 1e6
 
     @property
     def bottleneck(self):
         return self.vocab / self.dim
+
+    @property
+    def common(self):
+        """Whether it has the length of most cells, 3.1M tokens."""
+        return (self.steps, self.batch) == (1500, 2048)
 
 
 def read_cells(first=r"(v|cpu|long)\d+"):
@@ -77,21 +86,28 @@ def read_cells(first=r"(v|cpu|long)\d+"):
     for _, (*_, dim, length, name, seed), result in read_results(first):
         steps, _, times = length[1:].partition("x")  # of 2,048 tokens, or so many times that
         head, _, rate = name.partition("_")
-        steps = int(steps)
+        steps, batch = int(steps), 2048 * int(times or 1)
         if head == "tied" and steps in TENTH_MORE:
             head, steps = "tied+10%", TENTH_MORE[steps]
-        vocab, tokens = result["settings"].get("vocab_size", 1024), steps * 2048 * int(times or 1)
-        cell = Cell(vocab, int(dim[1:]), tokens, machine(result), float(rate or 0.0175))
+        vocab = result["settings"].get("vocab_size", 1024)
+        cell = Cell(vocab, int(dim[1:]), steps, batch, machine(result), float(rate or RATE))
+        assert seed not in cells[cell][head], f"{result['row']} is there under two names"
         cells[cell][head][seed] = result
     return dict(sorted(cells.items()))
 
 
-def at_the_best_rate(found):
-    """Of the Comparisons of cells that differ in the rate alone, those of the rate that is best for tied."""
-    best = {}
+def at_one_rate(found):
+    """The Comparisons, of cells that differ in the rate alone only those of one: with most heads; of these, best for tied."""
+    by_cell = defaultdict(list)
     for c in found:
-        best[c.cell[:4]] = min(best.get(c.cell[:4], (math.inf,)), (c.tied, c.cell.rate))
-    return [c for c in found if best[c.cell[:4]][1] == c.cell.rate]
+        by_cell[c.cell].append(c)
+
+    chosen = {}
+    for cell, comparisons in by_cell.items():
+        place = cell._replace(rate=None)
+        candidate = (-len(comparisons), comparisons[0].tied, cell)
+        chosen[place] = min(candidate, chosen.get(place, candidate))
+    return [c for c in found if chosen[c.cell._replace(rate=None)][2] == c.cell]
 
 
 def values(results, name="val_bpb"):
@@ -160,16 +176,18 @@ class Comparison:
 
 
 def compare(cell, heads, head):
-    """The Comparison of a head with tied; `heads` are the cell's results, by head and seed."""
-    tied, other, longer = heads["tied"], heads[head], heads.get("tied+10%", {})
+    """The Comparison of a head with tied in the seeds that both have; `heads` are the cell's results, by head and seed."""
+    seeds = heads["tied"].keys() & heads[head].keys()
+    tied, other = ({seed: heads[name][seed] for seed in seeds} for name in ("tied", head))
     gain, raw = difference(tied, other), difference(tied, other, "pre_quant_val_bpb")
+
+    longer = heads.get("tied+10%", {})
     price = None
     if len(longer) > 2 and head != "tied+10%":
         price = break_even(values(tied), values(longer), values(other))
-    used = [*tied.values(), *other.values()]
-    devices = " and ".join(sorted({device(result) for result in used}))
-    seeds = tied.keys() & other.keys()
-    return Comparison(cell, head, values(tied).mean(), gain, raw, price, len(seeds), devices)
+    devices = sorted({device(result) for result in (*tied.values(), *other.values())})
+    mean = values(tied).mean()
+    return Comparison(cell, head, mean, gain, raw, price, len(seeds), " and ".join(devices))
 
 
 def compared(cells):
@@ -177,7 +195,7 @@ def compared(cells):
     found = []
     for cell, heads in cells.items():
         for head in ("tied+10%", *HEADS):
-            if len(heads["tied"].keys() & heads[head].keys()) > 2:
+            if len(heads.get("tied", {}).keys() & heads.get(head, {}).keys()) > 2:
                 found.append(compare(cell, heads, head))
     return found
 
@@ -202,7 +220,7 @@ def law_table(first=r"(v|cpu|long)\d+"):
             elif low < 0:
                 ratio = f"{value:.3f} (below {high:.3f})"
         lines.append(
-            f"| {c.cell.dim} | {c.cell.vocab} | {c.cell.millions} | {NAMES[c.head]} | {c.cell.rate:.3g}"
+            f"| {c.cell.dim} | {c.cell.vocab} | {c.cell.millions:.1f}M | {NAMES[c.head]} | {c.cell.rate:.3g}"
             f" | {c.gain.mean:+.4f} +- {c.gain.welch:.4f} | {c.gain.p:.2g} | +- {c.gain.paired:.4f}"
             f" | {c.raw.mean:+.4f} +- {c.raw.wider:.4f} | {ratio}"
             f" | {c.seeds} | {c.devices} |"
@@ -213,7 +231,7 @@ def law_table(first=r"(v|cpu|long)\d+"):
 def answer_table():
     """README's, of the cells on GPUs: gains with the wider interval, a line a cell, by V / D, then by training."""
     gains, seeds = defaultdict(dict), {}
-    for c in at_the_best_rate(compared(read_cells())):
+    for c in at_one_rate(compared(read_cells())):
         if c.cell.machine == "GPU":
             half = c.gain.wider
             bold = "**" if c.head in HEADS and abs(c.gain.mean) > half else ""
@@ -228,12 +246,13 @@ def answer_table():
     ]
 
     def by_bottleneck_then_training(cell):
-        width_of_others = cell.dim if cell.tokens != COMMON else 0
-        return width_of_others, cell.bottleneck, cell.vocab, cell.tokens
+        width_of_others = 0 if cell.common else cell.dim
+        return width_of_others, cell.bottleneck, cell.vocab, cell.millions
 
     for cell in sorted(gains, key=by_bottleneck_then_training):
         cells = " | ".join(gains[cell].get(head, "not run") for head in heads)
-        place = f"{cell.millions} | {cell.vocab} | {cell.dim} | {cell.bottleneck:.0f}"
+        vocab = cell.vocab if cell.rate == RATE else f"{cell.vocab}, rate {cell.rate:.3g}"
+        place = f"{cell.millions:.1f}M | {vocab} | {cell.dim} | {cell.bottleneck:.0f}"
         lines.append(f"| {place} | {seeds[cell]} | {cells} |")
     return "\n".join(lines)
 
@@ -243,7 +262,7 @@ def rate_table():
     found = defaultdict(dict)
     for cell, heads in read_cells(r"(v|cpu|rate)\d+").items():
         for head, results in heads.items():
-            if cell.tokens == COMMON:
+            if cell.common:
                 found[cell.vocab, cell.dim, cell.machine, head][cell.rate] = results
     lines = [
         "| V | D | on | head | `TIED_EMBED_LR` | bpb, standard deviation | before packing | seeds |",
@@ -270,8 +289,8 @@ def span(texts):
 def rank_table():
     """By head and width: dimensions of 99.99% of the log-probabilities' energy; its share beyond D."""
     spectra = defaultdict(list)
-    for _, (dim, _, head, _), result in read_results("(v|cpu)1024"):
-        if "spectrum" in result:
+    for _, (dim, length, head, _), result in read_results("(v|cpu)1024"):
+        if "spectrum" in result and length == "s1500":
             spectra[head, int(dim[1:])].append(result["spectrum"])
     widths = sorted({dim for _, dim in spectra})
     lines = [
@@ -355,34 +374,39 @@ STYLES = {
 
 
 def marker(c):
-    """A dot for a GPU's cell of V = 1024, a diamond for a CPU's, a square for another V."""
+    """A dot for a GPU's cell of V = 1024, a triangle where its batch is larger; a diamond for a CPU's, a square for another V."""
     if c.cell.vocab != 1024:
         return "s"
-    return "o" if c.cell.machine == "GPU" else "D"
+    if c.cell.machine == "CPU":
+        return "D"
+    return "o" if c.cell.batch == 2048 else "^"
 
 
 def draw(axes, found, place, tick):
-    """Gain with the wider of its two 95% intervals, a colour a head; dots are joined, beside them stand diamonds and squares.
+    """Gain with the wider of its two 95% intervals, a colour a head.
 
-    `place` gives a comparison's place on the axis, `tick` a place's name. Delta, far below the others, is in the table alone.
+    Dots are joined, and triangles with the dot that they begin at; beside them stand diamonds and squares. `place` gives a
+    comparison's place on the axis, `tick` a place's name. Delta, far below the others, is in the table alone.
     """
     from matplotlib.ticker import NullFormatter
 
-    shown = [c for c in found if c.head in STYLES]
+    shown = sorted((c for c in found if c.head in STYLES), key=place)
     for i, (head, (words, color, line)) in enumerate(STYLES.items()):
-        for mark, shift in (("o", 0), ("D", 4), ("s", -5)):
-            points = [
-                (place(c), c.gain.mean, c.gain.wider)
-                for c in shown
-                if (c.head, marker(c)) == (head, mark)
-            ]
-            if not points:
+        for mark, shift in (("o", 0), ("^", 0), ("D", 4), ("s", -4)):
+            some = [c for c in shown if (c.head, marker(c)) == (head, mark)]
+            if not some:
                 continue
-            x, gain, half = np.transpose(sorted(points))
+            aside = 1.03 ** (i + shift - 2)
+            x = [aside * place(c) for c in some]
+            gain, half = [c.gain.mean for c in some], [c.gain.wider for c in some]
             style = dict(fmt=mark, color=color, capsize=4, linewidth=1, label=words)
-            words = None  # once in the legend
             style |= dict(linestyle=line) if mark == "o" else dict(linestyle="", mfc="white")
-            axes.errorbar(x * 1.03 ** (i + shift - 2), gain, half, **style)
+            axes.errorbar(x, gain, half, **style)
+            words = None  # once in the legend
+            if mark == "^":
+                begin = [c for c in shown if c.head == head and marker(c) == "o" and c.cell.common]
+                x = [aside * place(c) for c in begin] + x
+                axes.plot(x, [c.gain.mean for c in begin] + gain, "--", color=color, linewidth=1)
 
     axes.axhline(0, color="black", linewidth=1)
     low, high = axes.get_ylim()
@@ -390,7 +414,10 @@ def draw(axes, found, place, tick):
     tops = defaultdict(lambda: -math.inf)
     for c in shown:
         if marker(c) == "s":
-            spot = place(c) * 0.83, f"V = {c.cell.vocab}\nD = {c.cell.dim}"
+            words = f"V = {c.cell.vocab}\nD = {c.cell.dim}"
+            if c.cell.rate != RATE:
+                words += f"\nrate {c.cell.rate:.3g}"
+            spot = place(c) * 0.86, words
             tops[spot] = max(tops[spot], c.gain.mean + c.gain.wider + 0.002)
     for (x, words), top in tops.items():
         axes.annotate(words, (x, top), ha="center", fontsize=9)
@@ -427,10 +454,10 @@ def save(figure, axes, name):
 
 def draw_bottleneck(found):
     """law_of_scale.png: gain against V / D."""
-    cells = [c for c in found if c.cell.tokens == COMMON]
+    cells = [c for c in found if c.cell.common]
     widths = {c.cell.bottleneck: c.cell.dim for c in sorted(cells, key=lambda c: -c.cell.dim)}
     figure, (axes,) = new_figure(
-        "Gain over the tied head by V / D (3.1M tokens; 95% intervals; diamonds: on a CPU)",
+        "Gain over the tied head by V / D (3.1M tokens; the wider 95% interval; diamonds: CPU)",
         "vocabulary V / width D, tighter to the right (joined: V = 1024; a larger D is a larger model)",
     )
     draw(
@@ -446,14 +473,16 @@ def draw_training(found):
     """tokens.png: gain against training tokens at two widths."""
     widths = (128, 512)
     figure, panels = new_figure(
-        "Gain over the tied head by training (V = 1024; 95% intervals; diamonds: on a CPU)",
-        "millions of tokens (12 and 49: larger batches)",
+        "Gain over the tied head by training (V = 1024; the wider 95% interval)",
+        "millions of training tokens",
         len(widths),
     )
     for axes, dim in zip(panels, widths):
         axes.set_title(f"D = {dim}", fontsize=10)
         cells = [c for c in found if c.cell[:2] == (1024, dim)]
-        draw(axes, cells, lambda c: c.cell.tokens / 1e6, lambda millions: f"{millions:.1f}")
+        draw(axes, cells, lambda c: c.cell.millions, lambda millions: f"{millions:.1f}")
+    keys = "dots: steps of 2,048 tokens\ntriangles: 1,500 steps, larger batches\ndiamonds: as dots, on a CPU"
+    panels[1].annotate(keys, (0.99, 0.03), xycoords="axes fraction", ha="right", fontsize=9)
     save(figure, panels, "tokens.png")
 
 
@@ -478,7 +507,7 @@ def update_submission():
 
 
 def main():
-    found = at_the_best_rate(compared(read_cells()))
+    found = at_one_rate(compared(read_cells()))
     insert("law", law_table())
     insert("file order", law_table("file_order"))
     insert("rate", rate_table())

@@ -137,25 +137,23 @@ def test_a_cell_s_tokens_and_rate_are_those_of_its_rows_own_settings(figures):
                 steps = s["iterations"]
                 if head == "tied+10%":
                     steps -= round(steps / 11)
-                assert steps * s["train_batch_tokens"] == cell.tokens, result["row"]
+                assert (steps, s["train_batch_tokens"]) == (cell.steps, cell.batch), result["row"]
                 assert (s["tied_embed_lr"], s.get("model_dim", 512)) == (cell.rate, cell.dim)
                 lengths.add((s["iterations"], s["train_batch_tokens"]))
     assert len(lengths) >= 8
 
 
-def test_where_cells_differ_in_the_rate_alone_the_one_best_for_tied_is_kept(figures):
-    found = []
-    for tokens, rate, tied in ((1, 0.01, 2.0), (1, 0.02, 1.9), (2, 0.01, 1.7), (1, 0.04, 1.95)):
-        for head in ("untied", "mos2"):
-            cell = figures.Cell(1024, 64, tokens, "GPU", rate)
-            found.append(figures.Comparison(cell, head, tied, None, None, None, 3, "H100"))
-    kept = figures.at_the_best_rate(found)
-    assert [(c.cell.tokens, c.cell.rate, c.head) for c in kept] == [
-        (1, 0.02, "untied"),
-        (1, 0.02, "mos2"),
-        (2, 0.01, "untied"),
-        (2, 0.01, "mos2"),
-    ]
+def test_of_cells_that_differ_in_the_rate_alone_one_is_shown(figures):
+    def comparisons(steps, rate, tied, *heads):
+        cell = figures.Cell(1024, 64, steps, 2048, "GPU", rate)
+        return [figures.Comparison(cell, h, tied, None, None, None, 3, "H100") for h in heads]
+
+    best_for_tied = comparisons(1, 0.02, 1.9, "untied", "mos2")
+    fewer_heads = comparisons(1, 0.03, 1.8, "untied")
+    another_cell = comparisons(2, 0.01, 2.5, "mos2")
+    found = comparisons(1, 0.01, 2.0, "untied", "mos2") + best_for_tied + fewer_heads
+    found += comparisons(1, 0.04, 1.95, "untied", "mos2") + another_cell
+    assert figures.at_one_rate(found) == best_for_tied + another_cell
 
 
 def test_a_comparison_is_welch_s_and_scipy_s_paired_one(figures):
@@ -169,7 +167,7 @@ def test_a_comparison_is_welch_s_and_scipy_s_paired_one(figures):
             seed: dict(val_bpb=bpb, pre_quant_val_bpb=bpb - 0.001, hardware="CPU")
             for seed, bpb in zip("abc", sample)
         }
-    c = figures.compare(figures.Cell(1024, 64, 1500, "CPU"), heads, "untied")
+    c = figures.compare(figures.Cell(1024, 64, 1500, 2048, "CPU"), heads, "untied")
     tied, untied = ([run["val_bpb"] for run in heads[head].values()] for head in ("tied", "untied"))
     assert c.gain.mean == pytest.approx(np.mean(tied) - np.mean(untied))
     assert c.gain.p == pytest.approx(

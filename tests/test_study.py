@@ -130,3 +130,23 @@ def test_the_rows_of_a_part_are_made_as_the_committed_ones_were(part, sweep, tmp
 def test_a_wrong_part_or_pattern_ends_it_before_anything_runs(sweep):
     assert sweep("laws", ".") == (2, [])
     assert sweep("law", "no such row") == (2, [])
+
+
+@pytest.mark.parametrize(
+    "known, unknown, message",
+    [
+        ("tied untied mos2 tied+10%", "tied untide", "no head untide"),
+        ("1024-64) budget=", "1024-63) budget=", "no budget for V = 1024, D = 64"),
+    ],
+)
+def test_a_head_or_a_size_that_the_sweep_does_not_know_is_no_row(
+    known, unknown, message, sweep, tmp_path
+):
+    script = tmp_path / "run"
+    script.write_text((ROOT / ".study/run").read_text().replace(known, unknown))
+    results = tmp_path / "results.jsonl"
+    paths = dict(PYTHON=str(tmp_path / "python"), RESULTS=str(results), WORK=str(tmp_path))
+    environment = {**os.environ, **paths, "GIT_DIR": str(ROOT / ".git")}
+    command = ["bash", script, "law", tmp_path, "^1024 64 1500 .* (tied|unti..) "]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr and not results.exists()
