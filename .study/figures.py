@@ -58,6 +58,8 @@ def device(result):
 
 
 class Cell(NamedTuple):
+    """What all runs of a comparison have in common, but for bytes and seeds."""
+
     vocab: int
     dim: int
     steps: int
@@ -399,18 +401,23 @@ def draw(axes, found, place, tick):
             aside = 1.03 ** (i + shift - 2)
             x = [aside * place(c) for c in some]
             gain, half = [c.gain.mean for c in some], [c.gain.wider for c in some]
+
             style = dict(fmt=mark, color=color, capsize=4, linewidth=1, label=words)
             style |= dict(linestyle=line) if mark == "o" else dict(linestyle="", mfc="white")
             axes.errorbar(x, gain, half, **style)
             words = None  # once in the legend
+
             if mark == "^":
                 begin = [c for c in shown if c.head == head and marker(c) == "o" and c.cell.common]
                 x = [aside * place(c) for c in begin] + x
                 axes.plot(x, [c.gain.mean for c in begin] + gain, "--", color=color, linewidth=1)
 
+    # zero, and one scale for both pictures
     axes.axhline(0, color="black", linewidth=1)
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, -0.045), max(high, 0.095))  # one scale for both pictures
+    axes.set_ylim(min(low, -0.045), max(high, 0.095))
+
+    # above the squares, what they are
     tops = defaultdict(lambda: -math.inf)
     for c in shown:
         if marker(c) == "s":
@@ -421,6 +428,8 @@ def draw(axes, found, place, tick):
             tops[spot] = max(tops[spot], c.gain.mean + c.gain.wider + 0.002)
     for (x, words), top in tops.items():
         axes.annotate(words, (x, top), ha="center", fontsize=9)
+
+    # a tick at each place
     places = sorted({place(c) for c in shown})
     axes.set_xscale("log", base=2)
     axes.set_xlim(places[0] / 1.3, places[-1] * 1.5)
